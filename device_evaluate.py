@@ -1,12 +1,12 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluate a trained model. RUN is a run folder, a checkpoint in it, or a Hugging Face model.
+"""Evaluate a trained model. RUN is a run folder, a checkpoint in it, a Hugging Face model, or a .gguf file.
 
 examples:
   python device_evaluate.py runs/quickstart
       bits per byte of the run's held-out text, in segments of the model's context length
   python device_evaluate.py runs/gpt2 --data pile=test.jsonl.zst --set 'evaluate.group_key="meta.pile_set_name"'
-      by component, compared with table 2 of the Pile's paper (add --set evaluate.sample_fraction=0.1 to use its sample size)
+      the same by component, next to table 2 of the Pile's paper (add --set evaluate.sample_fraction=0.1 for its sample size)
   python device_evaluate.py runs/gpt2 --task wikitext2 --data wikitext2=wiki.test.tokens --set evaluate.stride=512
       perplexity per word and per token, in overlapping windows
   python device_evaluate.py runs/gpt2 --task hellaswag --data hellaswag=hellaswag_val.jsonl --task local --json

@@ -6,13 +6,13 @@ examples:
   python device_plan.py configs/gptj_finetune.toml --topology v3-8
       memory by kind and whether it fits (if not, the smallest change that fits), traffic, step time, MFU, days, disk
   python device_plan.py configs/gpt3_175b.toml --topology 128x8xH100 --tokens 300B --price-per-chip-hour 2.5 --json
-      the same for 1,024 GPUs as one JSON object, with energy and money
+      the same for 1,024 GPUs as one JSON object, with energy and cost
   python device_plan.py configs/gptj_6b.toml --topology v5e-8 --search --plot frontier.svg
       the best mesh, remat and microbatches: all are estimated, the best few compiled
   python device_plan.py configs/gptj_6b.toml --topology v5e-8 --decode --batch 8 --context 2048
       the decoding program: weights, KV cache, maximum tokens/s
   python device_plan.py meta-llama/Llama-3.1-8B --topology H100 --decode --batch 16 --context 4096
-      the same for a model as device_sample.py takes it: its configuration is read, and no weights are
+      the same for a model of any format that device_sample.py accepts; only its configuration is read, not its weights
 """
 
 import sys
@@ -96,7 +96,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _load_config(name: str, overrides: list[str], *, decode: bool) -> Config:
-    """Return the configuration of a TOML file, or with `decode` that of a model of any format."""
+    """Return the configuration of a TOML file or, with `decode`, of a model of any format."""
     path = find_config(name)
     is_model = path.is_dir() or path.suffix == ".gguf" or (decode and not path.exists())
     if path.suffix == ".toml" or not is_model:

@@ -1,11 +1,11 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Serve a trained model over HTTP with OpenAI's API and a web page. RUN is a run folder or a checkpoint in it.
+"""Serve a trained model over HTTP with OpenAI's API and a web page. RUN is a model as in device_sample.py --help.
 
 examples:
   python device_serve.py runs/quickstart
       a web page at http://127.0.0.1:8000, POST /v1/completions, GET /metrics for Prometheus, and
-      POST /v1/chat/completions for a model with a chat template (scripts/reshard_checkpoint.py copies it)
+      POST /v1/chat/completions for a model with a chat template (scripts/reshard_checkpoint.py copies the template)
   python device_serve.py runs/quickstart --host 0.0.0.0 --token-file secret --set serve.slots=64 --set mesh.tensor=4
       reachable from other machines, which must send "Authorization: Bearer TOKEN" with the token in the file
 

@@ -20,7 +20,7 @@ from mesh_transformer.distributed.stop import StopRequest
 
 
 def main(arguments: list[str]) -> int:
-    """Train the configuration named on the command line, or print it or its data."""
+    """Train the configuration named on the command line, or print the configuration or its first training sequences."""
     options = _parse_arguments(arguments)
     config = load_config(options.config, options.set)
     if options.print_config:

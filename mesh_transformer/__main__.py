@@ -31,8 +31,10 @@ SCRIPTS = "mesh_transformer.scripts"
 COMMANDS = {
     "train": Command("device_train", "train or resume a run: CONFIG -> checkpoints, metrics, report"),
     "sample": Command("device_sample", "generate text from a trained model, interactively or with --prompt"),
-    "serve": Command("device_serve", "serve a trained model over HTTP (OpenAI's API and a page)"),
-    "plan": Command("device_plan", "report memory, FLOPs and step time of a run on absent hardware"),
+    "serve": Command("device_serve", "serve a trained model over HTTP (OpenAI's API and a web page)"),
+    "plan": Command(
+        "device_plan", "report memory, FLOPs and step time of a run, also for hardware that is not present"
+    ),
     "evaluate": Command("device_evaluate", "evaluate a model: bits per byte and benchmark tasks"),
     "reshard": Command(f"{SCRIPTS}.reshard_checkpoint", "convert a checkpoint between formats"),
     "checkpoint": Command(f"{SCRIPTS}.checkpoint", "inspect, verify or compare checkpoints"),

@@ -45,9 +45,12 @@ class Preempted(Exception):
 
 
 def command_line(name: str, *arguments: str) -> str:
-    """Return a shell command that runs a device program ("train", "sample", ...) the way this one was started."""
-    started = [PROGRAM, name] if Path(sys.argv[0]).name.startswith(PROGRAM) else ["python", f"device_{name}.py"]
-    return shlex.join([*started, *arguments])
+    """Return a shell command that runs a device program ("train", "sample", ...).
+
+    It starts with the installed command or with a script of the clone, like the command of the running program.
+    """
+    program = [PROGRAM, name] if Path(sys.argv[0]).name.startswith(PROGRAM) else ["python", f"device_{name}.py"]
+    return shlex.join([*program, *arguments])
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,7 +60,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        """Exit with status 2; a renamed flag in the message is followed by its new name."""
+        """Exit with status 2; a message about a renamed flag is replaced by one with its new name."""
         name = Path(self.prog).stem.split()[-1].removeprefix("device_").replace("-", "_")
         renamed = RENAMED_FLAGS.get(name, {})
         for old, new in renamed.items():
@@ -95,7 +98,7 @@ def run_command(main: Callable[[list[str]], int]) -> int:
         try:
             return main(arguments)
         finally:
-            sys.stdout.flush()  # here, because a closed pipe at interpreter exit prints a traceback
+            sys.stdout.flush()  # not left to the interpreter's exit, which prints a traceback for a closed pipe
     except BrokenPipeError as error:
         if _output_pipe_closed():
             return FAILED
@@ -114,7 +117,7 @@ def _report_or_raise(error: BaseException, arguments: list[str]) -> int:
             return _print_error(WRONG_USAGE, *(f"error: {line}" for line in _describe(error).splitlines()))
         case KeyboardInterrupt():
             return _print_error(INTERRUPTED, "interrupted")
-        case ValueError() if type(error).__module__.startswith("mesh_transformer."):  # may have several lines
+        case ValueError() if type(error).__module__.startswith("mesh_transformer."):  # message of one or more lines
             return _print_error(FAILED, f"error: {_describe(error)}  (--debug shows the traceback)")
         case _:
             return _print_error(FAILED, f"error: {_first_line(_describe(error))}  (--debug shows the traceback)")
@@ -144,7 +147,7 @@ def _first_line(text: str) -> str:
 def _output_pipe_closed() -> bool:
     """Return whether the reader of stdout closed the pipe, as `| head` does; if so, discard buffered output."""
     poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)  # POLLERR, which is always reported: the pipe has no reader
+    poll.register(sys.stdout.fileno(), 0)  # 0: report only errors; POLLERR of a pipe means that it has no reader
     if not any(event & select.POLLERR for _, event in poll.poll(0)):
         return False
     devnull = os.open(os.devnull, os.O_WRONLY)

@@ -59,7 +59,7 @@ class Model:
 
     @property
     def config(self) -> Config:
-        """The training run's configuration, with the [sample], [serve] and [mesh] sections of `load_model`."""
+        """The training run's configuration, with the [sample], [serve] and [mesh] sections that `load_model` applied."""
         return self._loaded.config
 
     @property
@@ -110,7 +110,7 @@ class Model:
             for _, text in generation:
                 yield text
         finally:
-            generation.interrupt()  # otherwise the engine would go on decoding it with the next request
+            generation.interrupt()  # otherwise the engine would continue this sample during the next request
 
     def logits(self, prompt: str | Sequence[int]) -> np.ndarray:
         """Return the logits of the next token after each token of `prompt`, float32 [tokens, n_vocab].
@@ -139,13 +139,13 @@ class Model:
 
 
 class Encoder:
-    """An encoder-only model (BERT, RoBERTa, ALBERT) on devices: hidden states and outputs of its heads. Made by `load_model`.
+    """An encoder-only model (BERT, RoBERTa, ALBERT) on devices, as returned by `load_model`.
 
-    `texts` is one input or a batch: a text, a list of texts, a list of pairs of texts (text, text), the token IDs of one
-    sequence, those of several, or the result of `tokenize`. A text gets the special tokens of the model's files, and
-    special tokens written in it, such as [MASK], become their IDs. The sequences of a batch are padded to the longest one;
-    an output of a text does not depend on the others. Outputs at padding have no meaning. A sequence that is empty or
-    longer than model.seq_len raises PromptError.
+    Methods return the hidden states and the outputs of the heads. `texts` is one input or a batch: a text, a list of texts,
+    a list of pairs of texts (text, text), the token IDs of one sequence, a list of such sequences, or the result of
+    `tokenize`. A text gets the special tokens of the model's files, and special tokens written in it, such as [MASK], become
+    their IDs. The sequences of a batch are padded to the longest one; the outputs of a text do not depend on the other texts.
+    Outputs at padding have no meaning. A sequence that is empty or longer than model.seq_len raises PromptError.
     """
 
     def __init__(self, loaded: LoadedEncoder) -> None:
@@ -156,7 +156,7 @@ class Encoder:
 
     @property
     def config(self) -> Config:
-        """The configuration of the model, with today's [mesh] section."""
+        """The configuration of the model, with the [mesh] section of `load_model`."""
         return self._loaded.config
 
     @property
@@ -180,26 +180,29 @@ class Encoder:
     def mean_pooled(self, texts: Texts | EncoderInputs, *, normalize: bool = True) -> np.ndarray:
         """Return the mean of each text's hidden states, padding excluded, float32 [batch, d_model].
 
-        Divided by its L2 norm unless `normalize` is false: the sentence embeddings of all-MiniLM and other models of
-        sentence-transformers with mean pooling (Reimers and Gurevych 2019, section 3). The dot product of two of them is
-        the cosine similarity of the texts.
+        The mean is divided by its L2 norm unless `normalize` is false. Normalized means are the sentence embeddings of
+        all-MiniLM and other models of sentence-transformers with mean pooling (Reimers and Gurevych 2019, section 3). The
+        dot product of two normalized means is the cosine similarity of the texts.
         """
         inputs = self.tokenize(texts)
         return mean_pool(self._loaded.programs.hidden_states(inputs), inputs.attention_mask, normalize=normalize)
 
     def pooled(self, texts: Texts | EncoderInputs) -> np.ndarray:
-        """Return the output of the pooler, float32 [batch, d_model]. Raises ConfigError if the model has none."""
+        """Return the output of the pooler, float32 [batch, d_model]. Raises ConfigError if the model has no pooler."""
         return self._loaded.programs.pooled(self.tokenize(texts))
 
     def logits(self, texts: Texts | EncoderInputs) -> np.ndarray:
         """Return the logits of the masked language-model head, float32 [batch, seq_len, n_vocab].
 
-        Raises ConfigError if the model has none.
+        Raises ConfigError if the model has no such head.
         """
         return self._loaded.programs.logits(self.tokenize(texts))
 
     def class_logits(self, texts: Texts | EncoderInputs) -> np.ndarray:
-        """Return the logits of the sequence classifier, float32 [batch, n_labels]. Raises ConfigError if it has none."""
+        """Return the logits of the sequence classifier, float32 [batch, n_labels].
+
+        Raises ConfigError if the model has no classifier.
+        """
         return self._loaded.programs.class_logits(self.tokenize(texts))
 
     def generate(self, *_: Any, **__: Any) -> NoReturn:
@@ -230,7 +233,7 @@ def load_model(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> M
 
 
 def make_mesh(**axes: Any) -> MeshLayout:
-    """Return a mesh of this process's devices with the given axis sizes, and the default sharding rules.
+    """Return a mesh of all devices with the given axis sizes, and the default sharding rules.
 
     `make_mesh(fsdp=4, tensor=2)` uses all remaining devices as replicas (`data=-1`). `cpu_devices=8` splits the CPU into
     eight devices, if JAX has not been used before. Use the result as `with mesh_transformer.mesh.use_layout(layout):`.

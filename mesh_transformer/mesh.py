@@ -28,7 +28,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from mesh_transformer.config import ConfigError, MeshConfig
 from mesh_transformer.host_memory import keep_freed_memory
 
-# From the slowest interconnect to the fastest: neighbors along the last axis are neighbors in the machine.
+# Ordered from the slowest interconnect to the fastest: neighbors along the last axis are neighbors in the machine.
 MESH_AXES = ("data", "pipeline", "fsdp", "expert", "context", "tensor")
 RULES: dict[str, tuple[str, ...]] = {
     # weights
@@ -37,11 +37,11 @@ RULES: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
-    "latent": (),  # of latent attention
+    "latent": (),  # channels of the latent vectors of latent attention
     "ff": ("tensor",),
     "expert": ("expert",),  # tokens are sent to the experts
     "router": (),  # outputs of a router, one per expert, replicated
-    "vocab": ("tensor", "pipeline"),  # every stage computes a shard of the logits
+    "vocab": ("tensor", "pipeline"),  # every pipeline stage computes a shard of the logits
     "position": (),
     "token_type": (),
     "embedding": (),  # channels of embeddings that are projected to embed, and of a masked language-model head
@@ -54,8 +54,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     "microbatch": (),
     "stage": ("pipeline",),
-    "sequence": ("context",),  # inside a layer
-    "activation_seq": ("context",),  # of the residual stream, between layers
+    "sequence": ("context",),  # positions of activations inside a layer
+    "activation_seq": ("context",),  # positions of the residual stream, between layers
     "activation_embed": (),
 }
 
@@ -107,7 +107,7 @@ class MeshLayout(NamedTuple):
 
 
 def init_devices(config: MeshConfig) -> MeshLayout:
-    """Return the layout over this machine's devices, or over `config.cpu_devices` virtual CPU devices.
+    """Return the layout over all devices of the run's processes, or over `config.cpu_devices` virtual CPU devices.
 
     Must be called before any other use of JAX.
     """
@@ -155,22 +155,22 @@ def _device_grid(sizes: Mapping[str, int], devices: list[Any], slices: int | Non
     """
     # JAX reports every GPU machine as a slice, although its network may be fast enough for every axis. Slices of GPUs are
     # therefore used only if mesh.slices requests them.
-    found = {getattr(device, "slice_index", None) or 0 if device.platform == "tpu" else 0 for device in devices}
-    n_slices = slices or len(found)
+    slice_ids = {getattr(device, "slice_index", None) or 0 if device.platform == "tpu" else 0 for device in devices}
+    n_slices = slices or len(slice_ids)
     shape = tuple(sizes.values())
     if n_slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     outer = next((axis for axis in ("data", "pipeline") if sizes[axis] % n_slices == 0), None)
-    if outer is None or len(devices) % n_slices or len(found) not in (1, n_slices):
+    if outer is None or len(devices) % n_slices or len(slice_ids) not in (1, n_slices):
         raise ConfigError(
-            f"mesh: {len(devices)} device(s) in {len(found)} slice(s) cannot be split into slices={n_slices} along data="
+            f"mesh: {len(devices)} device(s) in {len(slice_ids)} slice(s) cannot be split into slices={n_slices} along data="
             f"{sizes['data']} or pipeline={sizes['pipeline']}; make one of these a multiple of the number of slices"
         )
     across = tuple(n_slices if axis == outer else 1 for axis in sizes)
     within = tuple(size // n for size, n in zip(shape, across, strict=True))
-    if len(found) == n_slices:
+    if len(slice_ids) == n_slices:
         return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
-    parts = np.split(np.array(devices), n_slices)  # devices without slice numbers: in order
+    parts = np.split(np.array(devices), n_slices)  # the devices have no slice numbers, so they are split in order
     return np.concatenate([part.reshape(within) for part in parts], axis=list(sizes).index(outer))
 
 
@@ -201,7 +201,7 @@ def use_layout(layout: MeshLayout | None) -> Iterator[None]:
 
 
 def current_layout() -> MeshLayout | None:
-    """Return the layout of the program being traced, or None if it has a single device."""
+    """Return the layout of the program being traced, or None outside `use_layout` and for a single device."""
     layout = _layout.get()
     return None if layout is None or layout.mesh.size == 1 else layout
 
@@ -209,7 +209,7 @@ def current_layout() -> MeshLayout | None:
 def target_platform() -> str:
     """Return the platform ("cpu", "gpu", "tpu") that the program being traced will run on.
 
-    This is the platform of its layout's devices, or JAX's default.
+    This is the platform of the devices of the current layout; outside `use_layout`, JAX's default platform.
     """
     layout = _layout.get()
     return jax.default_backend() if layout is None else layout.mesh.devices.flat[0].platform
@@ -251,15 +251,15 @@ def format_sharding_table(rows: Mapping[str, tuple[Sequence[int], Sequence[str],
     `rows` maps the name of an array to its shape, logical axes and bytes per element.
     """
     lines = [("parameter", "shape", "axes", "spec", "bytes/device")]
-    total = 0
+    total_nbytes = 0
     for name, (shape, axes, itemsize) in rows.items():
         sharding = layout.sharding(axes, shape, name)
-        size = math.prod(sharding.shard_shape(tuple(shape))) * itemsize
-        total += size
+        nbytes = math.prod(sharding.shard_shape(tuple(shape))) * itemsize
+        total_nbytes += nbytes
         spec = " ".join("." if part is None else str(part) for part in sharding.spec) or "replicated"
-        lines.append((name, " x ".join(map(str, shape)), " ".join(axes), spec, f"{size:,}"))
+        lines.append((name, " x ".join(map(str, shape)), " ".join(axes), spec, f"{nbytes:,}"))
     lines.append(
-        ("total", f"{sum(math.prod(shape) for shape, _, _ in rows.values()):,} parameters", "", "", f"{total:,}")
+        ("total", f"{sum(math.prod(shape) for shape, _, _ in rows.values()):,} parameters", "", "", f"{total_nbytes:,}")
     )
     widths = [max(len(line[i]) for line in lines) for i in range(5)]
     return "\n".join(

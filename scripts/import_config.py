@@ -101,8 +101,8 @@ def convert_mtj(new: Import, devices: int | None) -> None:
     d_head = count("d_model") // count("n_heads")
     if pe not in POSITIONS or norm not in {*NORMS, "layernorm-desync"}:
         raise ConfigError(
-            f"norm = {norm!r} or pe = {pe!r} is not supported; norm must be one of {', '.join(NORMS)}, layernorm-desync, and "
-            f"pe one of {', '.join(POSITIONS)}"
+            f"norm = {json.dumps(norm)} or pe = {json.dumps(pe)} is not supported; norm must be one of "
+            f"{', '.join(NORMS)}, layernorm-desync, and pe one of {', '.join(POSITIONS)}"
         )
     kind, bias = NORMS.get(norm, NORMS["layernorm"])
     new.update("model", **keys.MTJ_MODEL, positions=POSITIONS[pe], norm=kind, norm_bias=bias)

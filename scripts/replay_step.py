@@ -35,7 +35,7 @@ MAX_CHARACTERS = 600  # printed characters of a sequence
 
 
 def main(arguments: list[str]) -> int:
-    """Replay the step and print the result."""
+    """Replay the step and print its loss, norms and worst sequences."""
     parser = make_parser(__doc__ or "")
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder")
     parser.add_argument("step", metavar="STEP", type=int, help="number of the step in metrics.jsonl, from 1")
@@ -135,7 +135,7 @@ def score_sequences(run: Run, batch: Any, step: int) -> list[dict[str, Any]]:
 
 
 def format_result(result: dict[str, Any]) -> str:
-    """Return the result as lines of text."""
+    """Return the loss, norms and worst sequences of a replayed step as lines of text."""
     comparison = {
         True: "equal to the logged loss",
         False: f"NOT equal to the logged loss {result['logged']!r}",

@@ -82,7 +82,7 @@ def reproduce(run_dir: Path, steps: int | None = None) -> dict[str, Any]:
 
 
 def format_result(result: dict[str, Any]) -> str:
-    """Return the result as lines of text."""
+    """Return the comparison of a repeated run with its record as lines of text."""
     lines = [f"changed since the run: {change}" for change in result["changed"]]
     if result["first_differing_step"] is None:
         lines.append(f"{result['compared']} losses up to step {result['steps']} are equal, bit for bit")

@@ -191,7 +191,7 @@ def test_a_run_starts_from_the_weights_of_another(config_file, straight, load_op
 def test_starting_from_another_model_is_refused(config_file, straight):
     start = (f'run.init_from="{straight.run.dir}"', 'model.activation="relu"', "model.n_heads=2")
     config = load(config_file, "other", *MESH, *start)
-    with pytest.raises(ConfigError, match=r"model\.activation = 'relu' \(checkpoint: 'gelu-tanh'\)"):
+    with pytest.raises(ConfigError, match=r'model\.activation = "relu" \(checkpoint: "gelu-tanh"\)'):
         open_run(config, open_data(config), make_layout(config.mesh))
 
 

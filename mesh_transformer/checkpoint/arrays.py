@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays as Zarr 3 files: written in the slices a process owns, read in the slices a device needs.
+"""Arrays as Zarr 3 files: written in the slices that each process owns, read in the slices that each device needs.
 
 Codecs: `sharding_indexed` (index at the end, crc32c) over chunks of `bytes` (little endian) and crc32c; no compression;
-chunks of zeros are stored like any other, so that they are not taken for missing ones. Keys are "c.<i>.<j>". Files are
+chunks of zeros are stored like any other, so that they are not taken for missing chunks. Keys are "c.<i>.<j>". Files are
 read by zarr_sharding.py, objects by TensorStore. Both take shape, dtype and codecs from the checked manifest, never from
 zarr.json, which exists for other programs.
 """
@@ -42,7 +42,7 @@ from mesh_transformer.storage.errors import CheckpointError, StorageError, expla
 from mesh_transformer.storage.paths import AnyPath, RemotePath, kvstore_context, kvstore_spec, read_blocks
 
 FETCH_BYTES = 1 << 23  # per read of an array in an object store
-READ_AHEAD_BYTES = 1 << 29  # slices between disk and devices
+READ_AHEAD_BYTES = 1 << 29  # size of the slices that are read before they are copied to devices
 READERS = 2  # slices read concurrently
 ALIGNMENT = 64  # bytes; a host buffer with this alignment becomes an array of a CPU device without a copy
 
@@ -107,8 +107,8 @@ class StoredArray(NamedTuple):
         dim = next((i for i, chunk in enumerate(chunks) if cover[i] > chunk), None)
         if dim is None:
             return [index]
-        chunk_bytes = math.prod(cover) // cover[dim] * chunks[dim] * self.dtype.itemsize  # of one row of chunks
-        length = max(FETCH_BYTES * chunks[dim] // chunk_bytes, 1)
+        row_bytes = math.prod(cover) // cover[dim] * chunks[dim] * self.dtype.itemsize  # of one row of chunks
+        length = max(FETCH_BYTES * chunks[dim] // row_bytes, 1)
         step = max(length // chunks[dim], 1) * chunks[dim]
         low = index[dim].start
         high = index[dim].stop
@@ -119,10 +119,10 @@ class StoredArray(NamedTuple):
 
 def make_aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     """Return an uninitialized array in a buffer that a CPU device uses without a copy."""
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + ALIGNMENT, np.uint8)
+    nbytes = math.prod(shape) * dtype.itemsize
+    raw = np.empty(nbytes + ALIGNMENT, np.uint8)
     first = -raw.ctypes.data % ALIGNMENT
-    return raw[first : first + size].view(dtype).reshape(shape)
+    return raw[first : first + nbytes].view(dtype).reshape(shape)
 
 
 def describe_array(name: str, array: jax.Array, axes: Sequence[str]) -> ArrayRecord:
@@ -164,7 +164,7 @@ def copy_to_host(arrays: Mapping[str, jax.Array]) -> dict[str, list[HostSlice]]:
 def shard_jobs(
     folder: AnyPath, name: str, record: ArrayRecord, slices: list[HostSlice]
 ) -> Iterator[Callable[[], tuple[str, str, FileRecord]]]:
-    """Yield one job per file of some slices of an array; it writes the file and returns (array name, file name, record).
+    """Yield one job per file of some slices of an array; a job writes its file and returns (array name, file name, record).
 
     `slices` is emptied. `fsync_files` of the array's backend makes the files durable.
     """
@@ -183,17 +183,17 @@ def _write_shard(
 def copy_file(array: StoredArray, key: str, folder: AnyPath) -> dict[str, FileRecord]:
     """Copy a file of an array into the checkpoint in `folder` and return its record by name.
 
-    Raises CheckpointError if size or digest of the file differ from the manifest.
+    Raises CheckpointError if the size or digest of the file differs from the manifest.
     """
     source = array_folder(array.folder, array.name) / key
     expected = array.record.files[key]
-    found = backend_for(array_folder(folder, array.name)).write_file(key, read_blocks(source, expected.size))
-    if found != expected:
+    copied = backend_for(array_folder(folder, array.name)).write_file(key, read_blocks(source, expected.size))
+    if copied != expected:
         raise CheckpointError(
-            f"{source}: damaged: it has {found.size} bytes with digest {found.digest}, but the manifest has {expected.size} "
+            f"{source}: damaged: it has {copied.size} bytes with digest {copied.digest}, but the manifest has {expected.size} "
             f"bytes with digest {expected.digest}; {DAMAGE_FIX}"
         )
-    return {key: found}
+    return {key: copied}
 
 
 class _PendingRead(NamedTuple):
@@ -202,7 +202,7 @@ class _PendingRead(NamedTuple):
     name: str
     first: int  # index into the first dimension, if the array is unstacked
     shardings: list[Sharding]
-    size: int  # bytes
+    nbytes: int
     values: Future[np.ndarray]
 
 
@@ -220,15 +220,16 @@ def restore_arrays(
     """
     on_device = collections.defaultdict[tuple[str, int], list[jax.Array]](list)
     in_flight: collections.deque[_PendingRead] = collections.deque()
-    ahead = 0
+    in_flight_bytes = 0
 
     def put_oldest() -> int:
+        """Copy the slice that was requested first to its devices and return its size in bytes."""
         read = in_flight.popleft()
         values = read.values.result() if read.name in unstack else read.values.result()[None]
         for i, layer in enumerate(values):
             copies = put_copies(layer if len(values) == 1 else np.array(layer), read.shardings)
             on_device[read.name, read.first + i] += copies
-        return read.size
+        return read.nbytes
 
     with ThreadPoolExecutor(READERS) as readers:
         for name, record in records.items():
@@ -238,12 +239,12 @@ def restore_arrays(
             for first in range(0, record.shape[0], step) if is_unstacked else (0,):
                 lead = (slice(first, min(first + step, record.shape[0])),) if is_unstacked else ()
                 for bounds, devices in _local_slices(shardings[name], record.shape[is_unstacked:]).items():
-                    size = DTYPES[record.dtype] * step * math.prod(stop - start for start, stop in bounds)
-                    while in_flight and ahead + size > READ_AHEAD_BYTES:
-                        ahead -= put_oldest()
+                    nbytes = DTYPES[record.dtype] * step * math.prod(stop - start for start, stop in bounds)
+                    while in_flight and in_flight_bytes + nbytes > READ_AHEAD_BYTES:
+                        in_flight_bytes -= put_oldest()
                     index = (*lead, *(slice(*pair) for pair in bounds))
-                    in_flight.append(_PendingRead(name, first, devices, size, readers.submit(array.read, index)))
-                    ahead += size
+                    in_flight.append(_PendingRead(name, first, devices, nbytes, readers.submit(array.read, index)))
+                    in_flight_bytes += nbytes
         while in_flight:
             put_oldest()
 
@@ -271,7 +272,7 @@ def put_copies(values: np.ndarray, shardings: Sequence[Sharding]) -> list[jax.Ar
 
 
 def _copy(data: jax.Array) -> np.ndarray:
-    """Return host values that outlive the array; np.asarray is a view for host memory and a copy for a device."""
+    """Return values that stay valid after the array is deleted; np.asarray copies from a device, but not from host memory."""
     return np.array(data) if _is_host_memory(data.sharding) else np.asarray(data)
 
 
@@ -310,8 +311,8 @@ def _fetch(folder: RemotePath, name: str, record: ArrayRecord, index: Slices) ->
         return array[index].read().result()
     except Exception as error:  # TensorStore maps status codes to several builtin types, DATA_LOSS to ValueError
         message = str(error)
-        found = re.search(r'"[^"]*/(c[.0-9]*)"', message)
-        file = folder / found[1] if found else folder
+        match = re.search(r'"[^"]*/(c[.0-9]*)"', message)
+        file = folder / match[1] if match else folder
         if unreachable := explain_error(file, error):
             raise StorageError(f"{file}: {unreachable}") from error
         reason = re.sub(r"\s*\[(source locations|tensorstore_spec|domain).*", "", message, flags=re.DOTALL)

@@ -48,7 +48,7 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
                     future.set_result(job())
                 except BaseException as error:  # raised again by future.result()
                     future.set_exception(error)
-            del work, future, job  # they may reference large arrays
+            del work, future, job  # free the large arrays that they may reference
 
 
 def run_bounded(jobs: Iterable[Callable[[], Result]], workers: Workers | None = None) -> Iterator[Result]:

@@ -72,7 +72,10 @@ def plan_chunks(shape: Sequence[int], owned: Sequence[int], dtype: str) -> tuple
 
 
 def _part_size(size: int, limit: int, may_exceed_end: bool) -> int:
-    """Return the size of equal parts, at most `limit`: a divisor, unless it is small and the last part may exceed the end."""
+    """Return the size of equal parts, at most `limit`: the largest divisor of `size`.
+
+    If the last part may exceed the end and this divisor is below limit / 2: the size of the fewest equal parts instead.
+    """
     divisor = _largest_divisor(size, limit)
     return -(-size // -(-size // limit)) if may_exceed_end and 2 * divisor < limit else divisor
 

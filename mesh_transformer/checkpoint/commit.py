@@ -4,7 +4,7 @@
 
 Several processes write into one folder that all of them see: process 0 creates it, each process writes the slices it
 owns and a list of its files (parts/<process>.json), and process 0 merges the lists into the manifest and commits. After
-each stage the processes exchange their status (distributed/coordination.py), so that all raise or none does. Devices
+each stage the processes exchange their status (distributed/coordination.py), so that either all of them raise or none. Devices
 are not involved, so training may continue during a save.
 """
 
@@ -38,7 +38,7 @@ from mesh_transformer.storage.paths import AnyPath
 
 PACKAGES = ("jax", "jaxlib", "numpy", "tensorstore")
 PARTS = "parts"
-RESUMABLE_OWNER = "blocks"  # instead of an owner, in the temporary name of a checkpoint that another process may resume
+RESUMABLE_OWNER = "blocks"  # replaces the owner in the temporary name of a checkpoint that another process may resume
 
 Files = dict[str, FileRecord]  # by file name in the array's folder
 Written = dict[str, Files]  # by array name
@@ -49,7 +49,7 @@ class PendingSave:
     """A checkpoint that is being written from host memory."""
 
     step: int
-    owner: str  # suffix of the temporary name; all processes use the one that process 0 made
+    owner: str  # suffix of the temporary name; all processes use the suffix that process 0 made
     records: dict[str, ArrayRecord]
     slices: dict[str, list[HostSlice]]  # owned by this process; emptied while they are written
     meta: dict[str, Any]
@@ -71,13 +71,13 @@ def commit_save(root: AnyPath, save: PendingSave) -> None:
             backend.abort(save.step, save.owner)
         if not isinstance(error, Exception):
             raise
-        size = sum(record.nbytes for record in save.records.values())
+        nbytes = sum(record.nbytes for record in save.records.values())
         free = None
         with contextlib.suppress(OSError):  # the original error matters more than the free space
             free = backend.free_bytes()
         free_space = "" if free is None else f"; {free} bytes are free"
         raise CheckpointError(
-            f"step {save.step} was not saved in {root} ({size} bytes{free_space}): "
+            f"step {save.step} was not saved in {root} ({nbytes} bytes{free_space}): "
             f"{type(error).__name__}: {error}; earlier checkpoints are unchanged"
         ) from error
     finally:
@@ -173,13 +173,13 @@ def _commit(root: AnyPath, save: PendingSave, written: Written) -> None:
 
 def _add_files(name: str, record: ArrayRecord, parts: list[Written]) -> ArrayRecord:
     """Return the record with the files that all processes wrote, in the order of their shards."""
-    found = {key: FileRecord(*file) for part in parts for key, file in part[name].items()}
+    files = {key: FileRecord(*file) for part in parts for key, file in part[name].items()}
     expected = list(shard_keys(record.shape, record.shard))
-    if found.keys() != set(expected):
-        missing, extra = sorted(set(expected) - found.keys()), sorted(found.keys() - set(expected))
+    if files.keys() != set(expected):
+        missing, extra = sorted(set(expected) - files.keys()), sorted(files.keys() - set(expected))
         raise CheckpointError(
             f"array {name}: files that no process wrote: {missing[:5]}; unexpected files: {extra[:5]}; all processes must "
             "call save with the same arrays and shardings"
         )
     metadata = digest_bytes(format_metadata(record))
-    return dataclasses.replace(record, files={METADATA: metadata, **{key: found[key] for key in expected}})
+    return dataclasses.replace(record, files={METADATA: metadata, **{key: files[key] for key in expected}})

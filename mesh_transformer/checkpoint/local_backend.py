@@ -59,7 +59,7 @@ class LocalBackend:
         return list_steps(self.path)
 
     def free_bytes(self) -> int | None:
-        """Return the free space of the file system in bytes; 0 without this folder."""
+        """Return the free space of the file system in bytes; 0 if this folder does not exist."""
         return shutil.disk_usage(self.path).free if self.path.is_dir() else 0
 
     def staging_dir(self, step: int, owner: str) -> Path:
@@ -98,12 +98,12 @@ class LocalBackend:
 
     def file_sizes(self, names: Iterable[str]) -> Iterator[int | str]:
         """Yield the size of each file, or a problem: it is missing or unreadable, not a regular file, or reached through a link."""
-        is_regular: dict[Path, bool] = {}
+        link_free: dict[Path, bool] = {}
 
         def has_no_links(path: Path) -> bool:
-            if path not in is_regular:
-                is_regular[path] = not path.is_symlink() and (path == self.path or has_no_links(path.parent))
-            return is_regular[path]
+            if path not in link_free:
+                link_free[path] = not path.is_symlink() and (path == self.path or has_no_links(path.parent))
+            return link_free[path]
 
         for path in (self.path / name for name in names):
             try:
@@ -116,8 +116,8 @@ class LocalBackend:
 
     def list_files(self) -> dict[str, tuple[int, float]]:
         """Return {name relative to this folder: (size in bytes, modification time)} of every file below it."""
-        found = [(path, path.stat()) for path in sorted(self.path.rglob("*")) if path.is_file()]
-        return {path.relative_to(self.path).as_posix(): (status.st_size, status.st_mtime) for path, status in found}
+        files = [(path, path.stat()) for path in sorted(self.path.rglob("*")) if path.is_file()]
+        return {path.relative_to(self.path).as_posix(): (status.st_size, status.st_mtime) for path, status in files}
 
     def write_file(self, name: str, blocks: Iterable[bytes | memoryview]) -> FileRecord:
         """Write a file from consecutive blocks; `fsync_files` makes it durable."""
@@ -129,7 +129,7 @@ class LocalBackend:
         return FileRecord(size, digest.hexdigest())
 
     def fsync_files(self, names: Iterable[str]) -> None:
-        """Make the content of files durable, but not their names; must be called on the host that wrote the files."""
+        """Make the content of files durable, but not their names; call this on the host that wrote the files."""
         for name in names:
             sync_file(self.path / name)
 
@@ -149,13 +149,13 @@ def make_root(root: Path) -> None:
 
 def list_steps(root: Path) -> dict[int, bool]:
     """Return {step: whether it is complete} for the folders in `root`, ascending; links are not followed."""
-    found = {}
+    steps = {}
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(root) as entries:
         for entry in entries:
             match = STEP.fullmatch(entry.name)
             if match and entry.is_dir(follow_symlinks=False):
-                found[int(match[1])] = os.path.lexists(os.path.join(entry.path, COMMIT))
-    return dict(sorted(found.items()))
+                steps[int(match[1])] = os.path.lexists(os.path.join(entry.path, COMMIT))
+    return dict(sorted(steps.items()))
 
 
 def make_owner() -> str:
@@ -185,7 +185,7 @@ def commit_folder(staging: Path, final: Path) -> None:
 
 
 def delete_folder(folder: Path) -> None:
-    """Delete a checkpoint; it is renamed first, so that a half-deleted one is never taken for a checkpoint."""
+    """Delete a checkpoint; it is renamed first, so that a partly deleted folder is never taken for a checkpoint."""
     trash = folder.with_name(f"{folder.name}.trash-{make_owner()}")
     os.rename(folder, trash)
     sync_folder(folder.parent)
@@ -239,7 +239,7 @@ def sync_file(path: Path) -> None:
 
 
 def _start_ticks(pid: int) -> int:
-    """Return a process's start time, 0 if unknown (field 22 of /proc/<pid>/stat; field 2 may contain spaces)."""
+    """Return a process's start time in ticks, 0 if unknown (field 22 of /proc/<pid>/stat; field 2 may contain spaces)."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except (OSError, ValueError, IndexError):

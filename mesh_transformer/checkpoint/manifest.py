@@ -8,7 +8,7 @@
       COMMIT
 
 A name is a path, such as "params/transformer/embed/w": parts of letters, digits and _.~=+@,:- that do not begin with a
-dot, and no name is a folder of another. Arrays are global: the format does not contain the mesh they were saved from.
+dot, and no name is a folder of another name. Arrays are global: the format does not contain the mesh they were saved from.
 
 manifest.json is one object:
 
@@ -108,7 +108,7 @@ def read_manifest(folder: AnyPath, step: int) -> Manifest:
             )
         if not commit.startswith(f"mesh-transformer checkpoint {FORMAT}\n".encode()):
             raise CheckpointError(
-                f"{folder / COMMIT}: {commit[:60]!r} is not format {FORMAT}, the only one that this version reads; use the "
+                f"{folder / COMMIT}: {commit[:60]!r} is not format {FORMAT}, the only format that this version reads; use the "
                 "version of mesh_transformer that saved the checkpoint"
             )
         raise CheckpointError(f"{folder / MANIFEST}: damaged: its digest does not match {COMMIT}; {DAMAGE_FIX}")

@@ -11,8 +11,8 @@ A step without COMMIT is a save that is in progress or was interrupted; readers 
 leftovers: a process of this host that OWNER names is looked up by pid and start time; if OWNER is missing or names another
 host, the step is considered dead once its latest object is an hour old. The next writable Store deletes dead steps.
 
-A second save of a step deletes the first one before it begins, COMMIT first: if it fails, that step is lost and the
-others are unchanged.
+A second save of a step deletes the earlier checkpoint before it writes, COMMIT first: if the second save fails, this step is
+lost, and other steps are unchanged.
 """
 
 import contextlib
@@ -48,12 +48,12 @@ class ObjectStoreBackend:
         for step, is_complete in self._find_steps():
             if not is_complete:
                 folder = ObjectStoreBackend(step)
-                found = folder.list_files()
-                if found and not _may_be_alive(found):
-                    folder._delete_all(found)
+                files = folder.list_files()
+                if files and not _may_be_alive(files):
+                    folder._delete_all(files)
 
     def list_steps(self) -> dict[int, bool]:
-        """Return {step: True} of all complete steps, ascending; incomplete ones are omitted."""
+        """Return {step: True} of all complete steps, ascending; incomplete steps are omitted."""
         return dict(sorted((int(path.name.removeprefix("step_")), True) for path, ok in self._find_steps() if ok))
 
     def free_bytes(self) -> int | None:
@@ -80,9 +80,9 @@ class ObjectStoreBackend:
         """Delete the objects written so far, ignoring errors; the next writable Store deletes the rest."""
         folder = ObjectStoreBackend(self.staging_dir(step, owner))
         with contextlib.suppress(StorageError, RuntimeError):  # RuntimeError: the interpreter is about to exit
-            found = folder.list_files()
-            if f"{OWNER}.{owner}" in found:  # without the marker the objects belong to an earlier save
-                folder._delete_all(found)
+            files = folder.list_files()
+            if f"{OWNER}.{owner}" in files:  # without the marker the objects belong to an earlier save
+                folder._delete_all(files)
 
     def delete(self) -> None:
         """Delete this checkpoint."""
@@ -106,8 +106,8 @@ class ObjectStoreBackend:
 
     def file_sizes(self, names: Iterable[str]) -> Iterator[int | str]:
         """Yield the size of each object, or a problem if it is missing; all sizes come from one listing."""
-        found = self.list_files()
-        return (found[name][0] if name in found else "missing (no such object)" for name in names)
+        files = self.list_files()
+        return (files[name][0] if name in files else "missing (no such object)" for name in names)
 
     def write_file(self, name: str, blocks: Iterable[bytes | memoryview]) -> FileRecord:
         """Write an object from consecutive blocks."""
@@ -123,8 +123,8 @@ class ObjectStoreBackend:
         return self.path.list_files()
 
     def delete_files(self, names: list[str]) -> None:
-        """Delete objects concurrently; missing ones are ignored."""
-        self.write_files(dict.fromkeys(names))  # a bulk request would not say which deletions failed
+        """Delete objects concurrently; missing objects are ignored."""
+        self.write_files(dict.fromkeys(names))  # the errors of a bulk request do not name the deletions that failed
 
     def _find_steps(self) -> list[tuple[RemotePath, bool]]:
         return [(path, (path / COMMIT).is_file()) for path in self.path.iterdir() if STEP.fullmatch(path.name)]
@@ -141,8 +141,9 @@ def _open_store(path: RemotePath) -> Any:
     return ts.KvStore.open(kvstore_spec(path), context=kvstore_context()).result()
 
 
-def _may_be_alive(found: Mapping[str, tuple[int, float]]) -> bool:
-    last_change = max(changed for _, changed in found.values())
-    markers = [match for match in map(OWNER_MARKER.fullmatch, found) if match]
+def _may_be_alive(files: Mapping[str, tuple[int, float]]) -> bool:
+    """Return whether a process that writes an incomplete step is running, or may be running on another host."""
+    last_change = max(changed for _, changed in files.values())
+    markers = [match for match in map(OWNER_MARKER.fullmatch, files) if match]
     owners = [(marker[1], int(marker[2]), int(marker[3])) for marker in markers] or [("", 0, 0)]
     return any(is_alive(*owner, lambda: last_change) for owner in owners)

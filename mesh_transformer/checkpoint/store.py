@@ -2,10 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of a run: saved asynchronously, restored onto any mesh, found, verified and pruned.
 
-Stages of a save: slices copied to host memory (the only one that blocks training) -> files under a temporary name ->
+Stages of a save: slices copied to host memory (the only stage that blocks training) -> files under a temporary name ->
 manifest -> COMMIT -> sync -> rename -> older steps pruned. A kill at any moment leaves the earlier checkpoints unchanged
-and a temporary folder that the next writable Store removes. With several processes each has a Store, calls the same
-methods in the same order, and writes the slices it owns; process 0 commits once all have written (commit.py).
+and a temporary folder that the next writable Store removes. With several processes, each process has a Store,
+calls the same methods in the same order, and writes the slices that it owns; process 0 commits after all processes have
+written (commit.py).
 """
 
 import json
@@ -71,7 +72,7 @@ class Store:
         self._executor = futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: futures.Future[None] | None = None
         self._current: set[int] = set()  # steps that this Store has saved, is saving, or has restored
-        self._damaged: set[int] = set()
+        self._damaged: set[int] = set()  # steps in which `latest_valid` found damage
         if writable:
             run_on_all("open store", self._open, first_only=True)
 
@@ -141,12 +142,12 @@ class Store:
     def latest(self) -> int | None:
         """Return the latest step, None without checkpoints; raise CheckpointError if its folder lacks COMMIT.
 
-        Folders are renamed to their final names when they are complete, so one without COMMIT has been tampered with. The
+        Folders are renamed to their final names when they are complete, so a folder without COMMIT was changed later. The
         user then decides whether to use an older step or to start over (`latest_valid` chooses an older step).
         """
-        found = backend_for(self.root).list_steps()
-        step = max(found, default=None)
-        if step is not None and not found[step]:
+        steps = backend_for(self.root).list_steps()
+        step = max(steps, default=None)
+        if step is not None and not steps[step]:
             raise CheckpointError(
                 f"{self.folder(step) / local_backend.COMMIT}: missing, so the checkpoint is incomplete; move its folder away "
                 "to use an older step"
@@ -154,21 +155,21 @@ class Store:
         return step
 
     def latest_valid(self, log: Callable[[str], None]) -> int | None:
-        """Return the latest step whose every byte is verified; `log` receives the problems of each later one.
+        """Return the latest step whose every byte is verified; `log` receives the problems of each later step.
 
         Returns None without checkpoints; raises CheckpointError if there are checkpoints and none is valid.
         """
-        found = sorted(backend_for(self.root).list_steps(), reverse=True)
-        for step in found:
+        steps = sorted(backend_for(self.root).list_steps(), reverse=True)
+        for step in steps:
             problems = self.verify(step)
             if not problems:
                 return step
             self._damaged.add(step)
             more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
             log(f"checkpoint {self.folder(step)} is damaged and is not used: {'; '.join(problems[:5])}{more}")
-        if found:
+        if steps:
             raise CheckpointError(
-                f"{self.root}: none of the checkpoints {found} is valid; move them away to start over"
+                f"{self.root}: none of the checkpoints {steps} is valid; move them away to start over"
             )
         return None
 
@@ -180,7 +181,7 @@ class Store:
         `like` must name every array of the checkpoint whose name begins with `only`. Each device reads its own slice;
         every byte read is checked. An array named in `unstack` becomes a tuple with one array per index of its first
         dimension, and `like` has the sharding that these arrays share; this avoids a copy of the whole stack. Raises
-        CheckpointError if a file is damaged, or if names, shapes or dtypes differ; it then lists all differences.
+        CheckpointError if a file is damaged, or if names, shapes or dtypes differ; the message then lists all differences.
         """
         folder = self.folder(step)
         records = self.read_manifest(step).arrays
@@ -221,7 +222,7 @@ class Store:
     def prune(self) -> list[int]:
         """Delete and return the steps that are neither among the latest `keep_last` nor divisible by `keep_every`.
 
-        Only steps up to the latest one that this Store saved or restored are considered (newer ones belong to an
+        Only steps up to the latest step that this Store saved or restored are considered (later steps belong to an
         abandoned branch of the run). Steps with missing files or known damage do not count toward `keep_last`.
         """
         self.wait()
@@ -285,7 +286,7 @@ def find_checkpoint(path: str | AnyPath, *, log: Callable[[str], None] | None = 
     """Return the store, opened for reading, and the step of the checkpoint at `path`.
 
     `path` is a run folder (with checkpoints/), a folder of checkpoints, or the folder of one step. Of several steps the
-    latest is returned; with `log`, the latest valid one (see Store.latest_valid). Raises CheckpointError if there is no
+    latest is returned; with `log`, the latest valid step (see Store.latest_valid). Raises CheckpointError if there is no
     checkpoint, with the names of the files that exist.
     """
     path = parse_path(path).absolute()

@@ -3,7 +3,7 @@
 """Shard files of an array: chunks one after the other, each followed by its crc32c, then the index of their positions.
 
 This is Zarr 3's `sharding_indexed` codec over `bytes` and `crc32c`. TensorStore reads these files and writes identical
-ones, which a test verifies. This module is used instead, because TensorStore copies every chunk, has no fast crc32c and
+files, which a test verifies. This module is used instead, because TensorStore copies every chunk, has no fast crc32c and
 therefore takes three times as long.
 """
 
@@ -30,13 +30,13 @@ def encode_shard(values: np.ndarray, shard: Sequence[int], chunk: Sequence[int])
     """Yield the content of a shard's file in parts.
 
     `values` has the shape `shard`, or is smaller if the shard extends beyond the array's end; chunks across the end are
-    then filled with zeros, and chunks after it left out. `shard` and `chunk` have one size per dimension; `chunk` divides
-    `shard`.
+    then filled up with zeros, and chunks beyond the end are left out. `shard` and `chunk` have one size per dimension;
+    `chunk` divides `shard`.
     """
-    counts = [range(0, outer, inner) for outer, inner in zip(shard, chunk, strict=True)]
-    positions: list[int] = []
+    starts = [range(0, outer, inner) for outer, inner in zip(shard, chunk, strict=True)]
+    positions: list[int] = []  # offset and size of each chunk in turn
     end = 0
-    for corner in itertools.product(*counts):
+    for corner in itertools.product(*starts):
         block = values[tuple(slice(low, low + part) for low, part in zip(corner, chunk, strict=True))]
         if not block.size:
             positions += [MISSING, MISSING]

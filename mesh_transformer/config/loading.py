@@ -36,10 +36,10 @@ class ConfigError(ValueError):
 
 
 Table = typing.TypeVar("Table")
-_adapt = functools.cache(TypeAdapter)  # creating one is slower than using it
+_adapt = functools.cache(TypeAdapter)  # cached, because creating a TypeAdapter takes longer than validating with it
 
 PACKAGE = Path(__file__).parents[1]
-# configs/ is installed inside the package; in a clone it is next to it
+# configs/ is installed inside the package; in a clone, configs/ is next to the package
 SHIPPED_CONFIGS = (PACKAGE / "configs", PACKAGE.parent / "configs")
 
 
@@ -107,9 +107,11 @@ def parse_config(table: Mapping[str, Any], *, where: str, run_dir: str = "runs/u
     table = {key: dict(value) if isinstance(value, Mapping) else value for key, value in table.items()}
     model = table.get("model")
     if isinstance(model, dict) and isinstance(model.get("preset"), str):
-        row = _preset(model["preset"], where)
-        experts = {**row.get("experts", {}), **inner} if isinstance(inner := model.get("experts"), dict) else inner
-        table["model"] = row | model | ({} if experts is None else {"experts": experts})
+        preset = _preset(model["preset"], where)
+        experts = model.get("experts")
+        if isinstance(experts, dict):
+            experts = {**preset.get("experts", {}), **experts}
+        table["model"] = preset | model | ({} if experts is None else {"experts": experts})
     run = table.setdefault("run", {})
     if isinstance(run, dict) and not run.get("dir"):
         run["dir"] = run_dir
@@ -158,11 +160,11 @@ def find_preset_changes(model: ModelConfig) -> dict[str, Any]:
     table = config_to_dict(model)
     changes = {}
     for key, value in PRESETS.get(model.preset or "", {}).items():
-        found = table.get(key)
-        if isinstance(value, dict) and isinstance(found, dict):  # experts: only the fields that the preset sets
-            found = {inner: found.get(inner) for inner in value}
-        if found != value:
-            changes[key] = found
+        current = table.get(key)
+        if isinstance(value, dict) and isinstance(current, dict):  # experts: only the fields that the preset sets
+            current = {inner: current.get(inner) for inner in value}
+        if current != value:
+            changes[key] = current
     return changes
 
 
@@ -201,7 +203,8 @@ def _merge(table: dict[str, Any], path: list[str], value: Any) -> None:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
             parent = ".".join(path[: depth + 1])
-            raise ConfigError(f"--set {'.'.join(path)}: {parent} = {table!r} is not a section; set {parent} itself")
+            shown = json.dumps(table, default=str)
+            raise ConfigError(f"--set {'.'.join(path)}: {parent} = {shown} is not a section; set {parent} itself")
     table[path[-1]] = value
 
 
@@ -281,8 +284,8 @@ def _fields_at(kind: Any, path: list[str]) -> list[str]:
 
 
 def _defaults(kind: type) -> dict[str, Any]:
-    """Return the default of every field of a section that has one."""
-    found = {}
+    """Return the defaults of a section's fields by name, without the required fields."""
+    defaults = {}
     for field in dataclasses.fields(kind):
         default: Any = field.default
         if hasattr(default, "default_factory") and default.default_factory is not None:
@@ -290,8 +293,8 @@ def _defaults(kind: type) -> dict[str, Any]:
         elif hasattr(default, "default"):
             default = default.default
         if default is not dataclasses.MISSING:
-            found[field.name] = _plain(default)
-    return found
+            defaults[field.name] = _plain(default)
+    return defaults
 
 
 def _plain(value: Any) -> Any:
@@ -307,8 +310,7 @@ def _write_table(
     for key, value in scalars.items():
         line = f"{_toml_key(key)} = {_toml_value(value)}"
         if defaults is not None and key in defaults and defaults[key] != value:
-            shown = "unset" if defaults[key] is None else _toml_value(defaults[key])
-            line = f"{line:<44}  # default: {shown}"
+            line = f"{line:<44}  # default: {format_value(defaults[key])}"
         lines.append(line)
     for key, value in table.items():
         if isinstance(value, dict) and value:
@@ -319,6 +321,15 @@ def _toml_key(key: str) -> str:
     return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_value(key)
 
 
+def format_value(value: Any) -> str:
+    """Return a value of a configuration in TOML syntax for a message; "unset" for null."""
+    if value is None:
+        return "unset"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_toml_key(key)} = {format_value(inner)}" for key, inner in value.items()) + "}"
+    return _toml_value(value)
+
+
 def _toml_value(value: Any) -> str:
-    """Return a string, number, boolean or list in TOML syntax, which differs from JSON in one control character."""
+    """Return a string, number, boolean or list in TOML syntax, which differs from JSON only in the escape of DEL."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

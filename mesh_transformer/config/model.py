@@ -187,7 +187,10 @@ class ModelConfig:
         rotates = self.positions.startswith("rope")
         for name in ("rope_dims", "rope_scaling", "rope_local_theta"):
             if (value := getattr(self, name)) is not None and not rotates:
-                raise ValueError(f'{name}={value} has no effect with positions="{self.positions}"; remove it')
+                field = (
+                    name if dataclasses.is_dataclass(value) else f"{name}={value}"
+                )  # without the fields of a section
+                raise ValueError(f'{field} has no effect with positions="{self.positions}"; remove it')
         if self.position_offset and self.positions != "learned":
             raise ValueError(
                 f'position_offset={self.position_offset} requires positions="learned", not "{self.positions}"; remove it'
@@ -242,12 +245,13 @@ class ModelConfig:
                 )
         elif self.n_layers % self._period:
             raise ValueError(
-                f"n_layers={self.n_layers} is not a multiple of {self._period}, the layers after which attention_pattern, "
-                f"rope_pattern and experts.layer_interval={experts.layer_interval} repeat together; change one of them"
+                f"n_layers={self.n_layers} is not a multiple of {self._period}, the number of layers after which "
+                f"attention_pattern, rope_pattern and experts.layer_interval={experts.layer_interval} repeat together; change one "
+                "of them"
             )
 
     def _check_latent_attention(self) -> None:
-        derived = dict(
+        required = dict(
             attention_sinks=False,
             n_kv_heads=None,
             d_head=None,
@@ -256,9 +260,9 @@ class ModelConfig:
             clip_qkv=None,
             rope_pattern=(True,),
         )
-        for name, default in derived.items():
+        for name, default in required.items():
             if (value := getattr(self, name)) != default:
-                raise ValueError(f"{name}={value} is not supported with latent_attention; remove it")
+                raise ValueError(f"{name}={json.dumps(value)} is not supported with latent_attention; remove it")
         if not self.positions.startswith("rope"):
             raise ValueError(
                 f'latent_attention requires positions="rope-interleaved" or "rope-half", not "{self.positions}"'
@@ -297,8 +301,8 @@ class ModelConfig:
             )
         if self.d_embedding is not None and self.head == "lm":
             raise ValueError(
-                f'd_embedding={self.d_embedding} requires head="masked-lm" or "none", because the hidden states have d_model='
-                f"{self.d_model} channels"
+                f'd_embedding={self.d_embedding} requires head="masked-lm" or "none", not "lm", whose input has d_model='
+                f"{self.d_model} channels; change head, or remove d_embedding"
             )
         if self.d_embedding is not None and self.norm.startswith("gptj-"):
             raise ValueError(
@@ -307,20 +311,22 @@ class ModelConfig:
         if self.head == "masked-lm" and not self.tied_embeddings:
             raise ValueError('head="masked-lm" requires tied_embeddings=true; set it, or use another head')
 
-    def _check_encoder(self, n_layers: int) -> None:
+    def _check_encoder(self, n_encoder_layers: int) -> None:
         if not self.causal:
             raise ValueError(
-                f"n_encoder_layers={n_layers} requires causal=true, because it adds an encoder to a decoder; for an encoder-only "
-                "model, remove n_encoder_layers"
+                f"n_encoder_layers={n_encoder_layers} requires causal=true, because it adds an encoder to a decoder; for an "
+                "encoder-only model, remove n_encoder_layers"
             )
         if self.embedding_norm:
-            raise ValueError(f"n_encoder_layers={n_layers} requires embedding_norm=false; remove embedding_norm")
-        if self.residual != "serial":
-            raise ValueError(f'n_encoder_layers={n_layers} requires residual="serial", not "{self.residual}"')
-        if n_layers % self._period:
             raise ValueError(
-                f"n_encoder_layers={n_layers} is not a multiple of {self._period}, the layers after which attention_pattern, "
-                "rope_pattern and experts.layer_interval repeat together; change one of them"
+                f"n_encoder_layers={n_encoder_layers} requires embedding_norm=false; remove embedding_norm"
+            )
+        if self.residual != "serial":
+            raise ValueError(f'n_encoder_layers={n_encoder_layers} requires residual="serial", not "{self.residual}"')
+        if n_encoder_layers % self._period:
+            raise ValueError(
+                f"n_encoder_layers={n_encoder_layers} is not a multiple of {self._period}, the number of layers after which "
+                "attention_pattern, rope_pattern and experts.layer_interval repeat together; change one of them"
             )
 
     @property
@@ -346,7 +352,8 @@ class ModelConfig:
     def max_new_tokens(self, length: int) -> int:
         """Return the number of tokens that can be generated after a prompt of `length` tokens.
 
-        A decoder shares `seq_len` with the prompt; in an encoder-decoder model the prompt goes to the encoder.
+        In a decoder-only model, prompt and generated tokens share `seq_len`. In an encoder-decoder model the encoder reads the
+        prompt, and the decoder generates up to `seq_len` tokens.
         """
         return self.seq_len - (length if self.n_encoder_layers is None else 0)
 
@@ -471,7 +478,7 @@ def shortest_pattern(kinds: Sequence[Kind]) -> tuple[Kind, ...]:
 
 
 def dividing_period(kinds: Sequence[Any]) -> int:
-    """Return the length of the shortest pattern that repeats a whole number of times in `kinds`; 0 if it is empty."""
+    """Return the length of the shortest pattern that repeats a whole number of times in `kinds`; 0 for empty `kinds`."""
     items = list(kinds)
     lengths = (n for n in range(1, len(items) + 1) if len(items) % n == 0)
     return next((n for n in lengths if items[:n] * (len(items) // n) == items), 0)

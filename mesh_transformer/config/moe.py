@@ -3,6 +3,7 @@
 """Schema of the `[model.experts]` section: number of experts, routing, capacity and auxiliary losses."""
 
 import dataclasses
+import json
 import math
 from typing import Any, Literal
 
@@ -102,7 +103,8 @@ class ExpertsConfig:
         self._check_groups()
         for field in ("shared_d_ff", "shared_gate"):
             if getattr(self, field) and not self.shared_expert:
-                raise ValueError(f"{field}={getattr(self, field)} has no effect without shared_expert=true; remove it")
+                value = json.dumps(getattr(self, field))
+                raise ValueError(f"{field}={value} has no effect without shared_expert=true; remove it")
         if self.routing == "expert-choice":
             self._check_expert_choice_scores()
             if not self.allow_noncausal:
@@ -122,7 +124,7 @@ class ExpertsConfig:
         return self
 
     def _check_groups(self) -> None:
-        """Raise ValueError if groups are unequal, or those of a token have fewer than `n_experts_per_token` experts."""
+        """Raise ValueError if the groups have unequal sizes, or too few experts for `n_experts_per_token` or `group_score`."""
         groups, chosen = self.n_expert_groups, self.groups_per_token
         if self.n_experts % groups:
             raise ValueError(f"n_expert_groups={groups} must divide n_experts={self.n_experts}; change one of them")
@@ -144,9 +146,8 @@ class ExpertsConfig:
         defaults = dict(scores="softmax", normalize_gates=None, selection_bias=False, n_groups_per_token=None)
         for field, default in defaults.items():
             if getattr(self, field) != default:
-                raise ValueError(
-                    f'{field}={getattr(self, field)} has no effect with routing="expert-choice"; remove it'
-                )
+                value = json.dumps(getattr(self, field))
+                raise ValueError(f'{field}={value} has no effect with routing="expert-choice"; remove it')
 
     def check_divides(self, n_shards: int) -> None:
         """Raise ValueError if the number of experts is not divisible by `n_shards`, the size of the mesh axis `expert`."""

@@ -12,7 +12,7 @@ from mesh_transformer.config.presets_dense import DENSE_PRESETS, LLAMA, with_siz
 from mesh_transformer.config.presets_experts import EXPERT_PRESETS
 
 GPT2 = dict(n_vocab=50257, seq_len=1024)
-# GPT-3 alternates dense and banded layers. Their order and window are unpublished; these values are those of GPT-Neo.
+# GPT-3 alternates dense and banded layers. The layer order and the window are unpublished; these values are from GPT-Neo.
 GPT3 = dict(n_vocab=50257, seq_len=2048, attention_pattern=["global", "local"], attention_window=256)
 GPT_NEO = dict(
     n_vocab=50257,
@@ -36,7 +36,7 @@ GPT_J = dict(
 )
 GPT_NEOX = dict(seq_len=2048, positions="rope-half", residual="parallel-two-norms", tied_embeddings=False, init="neox")
 NEOX_SERIAL = dict(GPT_NEOX, residual="serial", n_vocab=50304)
-PYTHIA = dict(GPT_NEOX, activation="gelu-erf")  # released config; the training code used the tanh form
+PYTHIA = dict(GPT_NEOX, activation="gelu-erf")  # as in the released config; the training code used the tanh form
 # Gemma 2 (arXiv 2408.00118)
 GEMMA2 = dict(
     n_vocab=256_000,
@@ -96,7 +96,7 @@ ALBERT = dict(BERT, n_vocab=30000, activation="gelu-tanh", d_embedding=128, shar
 
 
 def _switch(n_experts: int, layer_interval: int, capacity_factor: float, group_size: int = 1) -> dict[str, Any]:
-    """Return the `experts` fields of a Switch model; `group_size` is max_group_size of the released code in 512-token sequences."""
+    """Return the `experts` fields of a Switch model; `group_size` is max_group_size of the released code / 512 tokens."""
     return dict(
         n_experts=n_experts,
         layer_interval=layer_interval,

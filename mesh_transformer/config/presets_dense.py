@@ -144,7 +144,8 @@ DENSE_PRESETS: dict[str, dict[str, Any]] = {
     "gemma3-27b": with_sizes(
         GEMMA3_LONG, 62, 5376, 32, n_kv_heads=16, d_head=128, d_ff=21504, attention_scale=168**-0.5
     ),
-    # Phi 3.5 and Phi 4 mini have the sizes of phi3-mini and 24 heads of 128; for their rope_scaling see their config.json
+    # Phi 3.5 mini has the sizes of phi3-mini; Phi 4 mini has other sizes, such as 24 heads of size 128. The rope_scaling of
+    # both is in their config.json
     "phi3-mini": with_sizes(PHI3, 32, 3072, 32, d_ff=8192),
     "phi3-medium": with_sizes(PHI3, 40, 5120, 40, n_kv_heads=10, d_ff=17920),
     "phi4": with_sizes(

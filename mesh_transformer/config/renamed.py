@@ -18,7 +18,7 @@ class Renames(NamedTuple):
 
 
 def _convert_rope_scaling(value: Any) -> Any:
-    """Return the table form of the list (factor, low_freq_factor, high_freq_factor, original_seq_len) of version 1.0."""
+    """Return the table for a list (factor, low_freq_factor, high_freq_factor, original_seq_len) of version 1.0."""
     if not isinstance(value, list | tuple) or len(value) != 4:
         return value
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_seq_len")
@@ -98,22 +98,22 @@ RUN = Renames(
 
 def find_renamed(table: Any, renames: Renames) -> list[str]:
     """Return one message per renamed key or value in nested dictionaries: "old was renamed: use new"."""
-    found: list[str] = []
+    messages: list[str] = []
 
     def visit(value: Any, path: tuple[str, ...]) -> None:
         for key, inner in _items(value):
             inner_path = (*path, key)
             new = _lookup(renames.keys, inner_path)
             if new is not None:
-                found.append(f"{'.'.join(inner_path)} was renamed: use {'.'.join((*path, new))}")
+                messages.append(f"{'.'.join(inner_path)} was renamed: use {'.'.join((*path, new))}")
                 inner_path = (*path, new)
             values = _lookup(renames.values, inner_path)
             if values and isinstance(inner, str) and inner in values:
-                found.append(f'{".".join(inner_path)} = "{inner}" was renamed: use "{values[inner]}"')
+                messages.append(f'{".".join(inner_path)} = "{inner}" was renamed: use "{values[inner]}"')
             visit(inner, inner_path)
 
     visit(table, ())
-    return found
+    return messages
 
 
 def translate_stored(table: Any, renames: Renames = RUN, prefix: tuple[str, ...] = ()) -> Any:

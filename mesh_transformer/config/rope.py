@@ -3,6 +3,7 @@
 """Schema of `[model.rope_scaling]`: frequency scaling of rotary position embeddings, with the types of transformers."""
 
 import dataclasses
+import json
 import math
 from typing import Any, Literal
 
@@ -34,12 +35,12 @@ class RopeScalingConfig:
     factor: PositiveFloat | None = None  # divisor of the frequencies; llama3, yarn: of low frequencies only
     # llama3: frequencies with wavelengths above original_seq_len / low_freq_factor are divided by factor
     low_freq_factor: PositiveFloat | None = None
-    # llama3: those below original_seq_len / high_freq_factor are unchanged
+    # llama3: frequencies with wavelengths below original_seq_len / high_freq_factor are unchanged
     high_freq_factor: PositiveFloat | None = None
     original_seq_len: PositiveInt | None = None  # context length before scaling
-    # yarn: channel pairs with more rotations in original_seq_len tokens are unchanged; None: 32
+    # yarn: channel pairs with more rotations than this in original_seq_len tokens are unchanged; None: 32
     beta_fast: PositiveFloat | None = None
-    # yarn: frequencies of pairs with fewer rotations are divided by factor; None: 1
+    # yarn: frequencies of channel pairs with fewer rotations than this are divided by factor; None: 1
     beta_slow: PositiveFloat | None = None
     # yarn, longrope: factor of the rotated channels of queries and keys; None: see mscale (yarn), 1 (longrope)
     attention_factor: PositiveFloat | None = None
@@ -62,7 +63,7 @@ class RopeScalingConfig:
             if field.name in required and not is_set:
                 raise ValueError(f'type="{self.type}" requires {field.name}; set it')
             if is_set and field.name not in ("type", *required, *optional):
-                value = getattr(self, field.name)
+                value = json.dumps(getattr(self, field.name))
                 raise ValueError(f'{field.name}={value} has no effect with type="{self.type}"; remove it')
         if self.low_freq_factor and self.high_freq_factor and self.low_freq_factor >= self.high_freq_factor:
             raise ValueError(

@@ -109,7 +109,7 @@ class DataConfig:
             return length, noise, max(round(noise / self.mean_noise_span_length), 1)
 
         length = 2
-        while (found := measure(length + 1))[0] - found[1] + found[2] + 1 <= seq_len:
+        while (counts := measure(length + 1))[0] - counts[1] + counts[2] + 1 <= seq_len:
             length += 1
         length, noise, spans = measure(length)
         if length - noise + spans + 1 != seq_len or spans > min(noise, length - noise):
@@ -176,9 +176,9 @@ class TrainConfig:
                 "them"
             )
         if (self.batch_ramp_from is None) != (self.batch_ramp_steps == 0):
+            start = "unset" if self.batch_ramp_from is None else self.batch_ramp_from
             raise ValueError(
-                f"batch_ramp_from={self.batch_ramp_from} and batch_ramp_steps={self.batch_ramp_steps} must be set together; set "
-                "both or neither"
+                f"batch_ramp_from={start} and batch_ramp_steps={self.batch_ramp_steps} must be set together; set both or neither"
             )
         if self.batch_ramp_from is not None:
             if self.batch_ramp_from > self.batch_size or self.batch_size % self.batch_ramp_from:
@@ -254,7 +254,7 @@ class ServeConfig:
             )
         if self.draft_model and self.speculative != "draft-model":
             raise ValueError(
-                f'draft_model={self.draft_model!r} has no effect with speculative="{self.speculative}"; '
+                f'draft_model="{self.draft_model}" has no effect with speculative="{self.speculative}"; '
                 'set speculative="draft-model", or remove draft_model'
             )
         return self
@@ -294,7 +294,9 @@ class Config:
             raise ValueError(f"optimizer.warmup_steps={warmup} must be less than train.steps={steps}")
         end, peak = self.optimizer.end_learning_rate, self.optimizer.learning_rate
         if end > peak:
-            raise ValueError(f"optimizer.end_learning_rate={end} exceeds optimizer.learning_rate={peak}; lower it")
+            raise ValueError(
+                f"optimizer.end_learning_rate={end} exceeds optimizer.learning_rate={peak}; lower end_learning_rate"
+            )
         if self.run.load_optimizer_state and not self.run.init_from:
             raise ValueError(
                 "run.load_optimizer_state=true requires run.init_from; set it to the checkpoint to load the state from"

@@ -33,10 +33,10 @@ def verify_bits(source: ImportPlan, result: ImportPlan, dtype: str | None, progr
     def compare(name: str, index: Slices) -> tuple[str, np.ndarray]:
         target = target_dtype(sources[name], name, dtype)
         expected = to_c_order(cast_values(sources[name].read(index), target, name))
-        found = to_c_order(results[name].read(index))
-        if found.dtype == np.float32 != expected.dtype and expected.dtype.name in WEIGHT_DTYPES:
-            expected = expected.astype(np.float32)  # the result is the sum of arrays that were written as `dtype`
-        if found.dtype != expected.dtype or not np.array_equal(_bits(found), _bits(expected)):
+        actual = to_c_order(results[name].read(index))
+        if actual.dtype == np.float32 != expected.dtype and expected.dtype.name in WEIGHT_DTYPES:
+            expected = expected.astype(np.float32)  # reading the result sums arrays of `dtype` in float32
+        if actual.dtype != expected.dtype or not np.array_equal(_bits(actual), _bits(expected)):
             bounds = ", ".join(f"{part.start}:{part.stop}" for part in index)
             raise CheckpointError(
                 f"{name}[{bounds}]: the result differs from the source; the result was deleted. Check the disk, then run the "

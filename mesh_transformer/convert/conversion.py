@@ -38,7 +38,7 @@ from mesh_transformer.storage.resume_log import ResumeLog, open_staging_log
 if TYPE_CHECKING:
     from mesh_transformer.convert.gguf.writer import GGUFPlan  # needs the package gguf
 
-GPT2_END_OF_TEXT = 50256
+GPT2_END_OF_TEXT = 50256  # token ID
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -50,10 +50,10 @@ class ConversionOptions:
     destination: str | AnyPath  # folder to create; a path or URL
     format: Literal["native", "huggingface", "gguf", "gptj-v1"] = "native"
     shards: int = 8  # of format "gptj-v1"
-    gguf_type: str | None = None  # GGUF type of the matrices, for format "gguf"; None: that of the source
+    gguf_type: str | None = None  # GGUF type of the matrices, for format "gguf"; None: the type of the source
     dtype: str | None = None  # of the weights; None: unchanged
     weights_only: bool = False  # leave out optimizer state and counters
-    max_memory: str = "1G"  # in addition to the interpreter
+    max_memory: str = "1G"  # limit, in addition to the memory of the interpreter
     source_config: str | AnyPath | None = None  # JSON configuration of a mesh-transformer-jax checkpoint
     tokenizer: str | None = None  # tokenizer.json, its folder, or "bytes"; None: the tokenizer of the source
     overwrite: bool = False  # replace the destination when the new result is complete
@@ -70,9 +70,9 @@ class Conversion(NamedTuple):
     partial: Path  # folder in which the result is written before it is published
     nbytes: int  # size of the result's values in bytes
     dtype: str | None  # of the weights; None: unchanged
-    may_round: bool  # whether the user requested a dtype, or dequantized weights were rounded
+    may_round: bool  # whether weights may differ from the source: cast, quantized, or dequantized and rounded
     max_memory: int  # bytes
-    gguf: "GGUFPlan | None"  # the file to write, for format "gguf"
+    gguf: "GGUFPlan | None"  # plan of the file to write, for format "gguf"
 
 
 def prepare(options: ConversionOptions) -> Conversion:
@@ -136,8 +136,8 @@ def plan_conversion(options: ConversionOptions) -> dict[str, Any]:
 
 
 def convert(options: ConversionOptions, progress: Progress = no_progress) -> dict[str, Any]:
-    """Convert, verify and publish; return the report, which is also stored in the result."""
-    keep_freed_memory(True)  # all blocks have the same size
+    """Convert, verify and publish; return the report, which is also stored in conversion.json of the result."""
+    keep_freed_memory(True)  # all blocks have the same size, so freed memory is reused
     conversion = prepare(options)
     source, partial = conversion.source, conversion.partial
     start = time.perf_counter()
@@ -145,7 +145,7 @@ def convert(options: ConversionOptions, progress: Progress = no_progress) -> dic
         result = write(conversion, options, progress)
         write_seconds = time.perf_counter() - start
         verification = verify(conversion, result, options, progress)
-    except StorageError:  # the source is temporarily unreachable
+    except StorageError:  # the source is temporarily unreachable: keep the partial result
         raise
     except CheckpointError:
         shutil.rmtree(partial, ignore_errors=True)
@@ -170,10 +170,10 @@ def convert(options: ConversionOptions, progress: Progress = no_progress) -> dic
 
 
 def write(conversion: Conversion, options: ConversionOptions, progress: Progress) -> Path:
-    """Write the result below the partial folder and return the folder of the checkpoint in it."""
+    """Write the result below the partial folder and return its path: the folder of the checkpoint, or the GGUF file."""
     source, partial = conversion.source, conversion.partial
     meta = make_meta(source, conversion.tokenizer)
-    if options.tokenizer and "carried_files" in meta:  # the files of the source's own tokenizer no longer apply
+    if options.tokenizer and "carried_files" in meta:  # the files of the source's tokenizer no longer apply
         files: dict[str, str] = meta["carried_files"]
         meta["carried_files"] = {name: data for name, data in files.items() if not is_tokenizer_file(name)}
     identity = {
@@ -186,7 +186,7 @@ def write(conversion: Conversion, options: ConversionOptions, progress: Progress
         "arrays": sorted(source.plan.arrays),
         "memory": conversion.max_memory,
     }
-    slice_bytes = conversion.max_memory // 6  # three workers, each with a slice as read and as written
+    slice_bytes = conversion.max_memory // 6  # each of three workers holds a slice as read and as written
     write_options = WriteOptions(conversion.dtype, slice_bytes, progress)
     with open_staging_log(partial, identity) as log:
         match options.format:
@@ -222,7 +222,8 @@ def _write_gguf(conversion: Conversion, meta: dict[str, Any], log: ResumeLog, op
 def load_source_tokenizer(source: OpenCheckpoint, options: ConversionOptions) -> Tokenizer | None:
     """Return the tokenizer given in the options, or found in the source's model folder or GGUF file; else None.
 
-    Raises TokenizerError if it cannot be read, and ConfigError if the model has fewer token embeddings than it has tokens.
+    Raises TokenizerError if the tokenizer cannot be read, and ConfigError if it has more tokens, without added tokens, than
+    the model has embeddings.
     """
     spec = options.tokenizer or (source.plan.tokenizer if source.kind == "huggingface" else None)
     if spec:
@@ -274,9 +275,9 @@ def make_meta(source: OpenCheckpoint, tokenizer: Tokenizer | None) -> dict[str, 
 
 
 def verify(conversion: Conversion, result: Path, options: ConversionOptions, progress: Progress) -> dict[str, Any]:
-    """Compare every array, and the logits, of source and result; return the section of the report about them.
+    """Compare all arrays and the logits of source and result; return the section of the report about the comparison.
 
-    Raises CheckpointError if they differ.
+    Raises CheckpointError if an array differs, or if the logits differ by more than TOLERANCE and no weights were rounded.
     """
     source = conversion.source
     written = open_checkpoint(result, result.parent / "config.json" if options.format == "gptj-v1" else None)
@@ -286,7 +287,7 @@ def verify(conversion: Conversion, result: Path, options: ConversionOptions, pro
         digests = verify_gguf(result, conversion.gguf, progress, conversion.max_memory // 6)
     else:
         digests = verify_bits(source.plan, written.plan, conversion.dtype, progress)
-    keep_freed_memory(False)  # blocks from here on have other sizes
+    keep_freed_memory(False)  # the blocks of the logit comparison have different sizes
     difference = compare_logits(source, written, conversion.max_memory, progress, options.verify)
     if difference and not conversion.may_round and difference.largest > TOLERANCE * difference.scale:
         raise CheckpointError(
@@ -295,7 +296,7 @@ def verify(conversion: Conversion, result: Path, options: ConversionOptions, pro
         )
     dtype = conversion.gguf.type if conversion.gguf else conversion.dtype
     cast = f" cast to {dtype}" if dtype else ""
-    found = {
+    section = {
         "arrays": len(digests),
         "verified": f"each array of the result was read back and is bit-identical to the array of the source{cast}",
         "digests": digests,
@@ -307,8 +308,8 @@ def verify(conversion: Conversion, result: Path, options: ConversionOptions, pro
         ],
     }
     if difference is None:
-        return found
-    return found | {
+        return section
+    return section | {
         "max_logit_difference": difference.largest,
         "logits": f"on {difference.tokens} random tokens; largest logit {difference.scale:.3g}",
     }
@@ -323,34 +324,37 @@ def describe_comparison(difference: LogitDifference | None) -> str:
         )
     source, result = difference.implementations
     if source == result:
-        return f"{source} computed both, so this comparison tests the arrays and not the implementation"
-    both = f"source: {source}; result: {result}"
+        return f"{source} computed the logits of source and result, so this comparison tests the arrays and not the implementation"
+    described = f"source: {source}; result: {result}"
     return (
-        both
+        described
         if difference.used_transformers
-        else f"{both}; both belong to this project, the original library was not run"
+        else f"{described}; both belong to this project, and the original library was not run"
     )
 
 
 def parse_bytes(text: str) -> int:
-    """Convert a size such as "256M" or "1.5G" to bytes. Raise ConfigError for an invalid size, or one below 64 MB."""
+    """Convert a size such as "256M" or "1.5G" to bytes. Raise ConfigError for an invalid size, or a size below 64 MB."""
     match = re.fullmatch(r"([0-9.]+)\s*([KMGT]?)(i?B)?", text.strip(), re.IGNORECASE)
-    size = int(float(match[1]) * UNITS[match[2].upper()]) if match else 0
-    if size < 64_000_000:
+    nbytes = int(float(match[1]) * UNITS[match[2].upper()]) if match else 0
+    if nbytes < 64_000_000:
         raise ConfigError(f"--max-memory {text}: expected a size such as 256M or 1G, at least 64M")
-    return size
+    return nbytes
 
 
 def _stamp(path: AnyPath) -> list[Any]:
-    """Return names, sizes and modification times of the source's files; a conversion of changed files must not resume."""
+    """Return names, sizes and modification times of the source's files; if they change, a conversion starts again."""
     folder = path if path.is_dir() else path.parent
     return [(name, *status) for name, status in sorted(backend_for(folder).list_files().items())]
 
 
 def peak_memory() -> int:
-    """Return the peak memory of this process in bytes. getrusage would include the parent process before the fork."""
+    """Return the peak memory of this process in bytes.
+
+    On Linux it is read from /proc, because getrusage also counts the memory of the parent process before the fork.
+    """
     status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
-    if found:
-        return 1024 * int(found[1])
+    peak = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    if peak:
+        return 1024 * int(peak[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Check the destination of a conversion, prepare the result next to it, and publish the result.
+"""Destination of a conversion: check it, choose the staging folder for the result, and publish the result.
 
-A result is written to DST.partial and stays there until it is verified. A log of finished blocks in that folder lets an
-interrupted conversion resume. A rename then publishes the result as DST. If DST is remote, the result is written to a local
-staging folder instead, which is uploaded once it is verified (upload.py).
+The result for a local destination DST is written to the staging folder DST.partial and stays there until it is verified. A
+log of finished blocks in this folder lets an interrupted conversion resume. A rename then publishes the result as DST. The
+result for a remote destination is written to a local staging folder, which is uploaded after verification (upload.py).
 """
 
 import os
@@ -76,6 +76,6 @@ def publish(partial: Path, destination: AnyPath, progress: Progress = no_progres
 
 def _upload(partial: Path, destination: RemotePath, progress: Progress) -> Upload:
     # The log stays until everything is uploaded, so that an interrupted upload resumes with the same files.
-    done = upload_folder(partial, destination, progress, exclude=(LOG_FILE,))
+    upload = upload_folder(partial, destination, progress, exclude=(LOG_FILE,))
     shutil.rmtree(partial)
-    return done
+    return upload

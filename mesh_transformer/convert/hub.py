@@ -12,22 +12,23 @@ from mesh_transformer.config import ConfigError
 from mesh_transformer.storage.errors import CheckpointError
 
 HUB_NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
-# Configuration, tokenizers and weights; no weights of other frameworks and no original files of Meta.
+# Configuration, tokenizers and weights, without the files in OTHER_WEIGHTS.
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 TORCH_FILES = ("*.json", "*.bin", "*.model", "*.txt", "*.jinja")
 CONFIG_FILES = ("config.json",)
-ORIGINAL = ("original/*", "consolidated*", "onnx/*", "openvino/*")
+OTHER_WEIGHTS = ("original/*", "consolidated*", "onnx/*", "openvino/*")  # Meta's original files, other frameworks
 
 
 def download_model(name: str, *, config_only: bool = False) -> Path:
     """Return the local folder of a repository "org/model" or "org/model@revision", downloaded if it is not in the cache.
 
-    Safetensors are preferred to .bin files; with `config_only`, config.json is the only file. Without network, a cached
+    Safetensors are preferred to .bin files; with `config_only`, only config.json is downloaded. Without network, a cached
     snapshot is used.
 
     Raises:
       ConfigError: huggingface_hub is not installed.
-      CheckpointError: there is no such repository or revision, access is denied, or it is not reachable and not cached.
+      CheckpointError: the repository or revision does not exist, access is denied, or the Hub cannot be reached and the
+        model is not cached.
     """
     match = HUB_NAME.fullmatch(name)
     if match is None:
@@ -51,7 +52,9 @@ def download_model(name: str, *, config_only: bool = False) -> Path:
 
     def download(files: tuple[str, ...]) -> Path:
         return Path(
-            snapshot_download(repository, revision=revision, allow_patterns=list(files), ignore_patterns=list(ORIGINAL))
+            snapshot_download(
+                repository, revision=revision, allow_patterns=list(files), ignore_patterns=list(OTHER_WEIGHTS)
+            )
         )
 
     try:

@@ -20,7 +20,7 @@ from mesh_transformer.convert.lazy_arrays import Index, LazyArray, Stack, to_dty
 from mesh_transformer.model.params import STACK, ParamInfo, flatten_names, split_scan
 from mesh_transformer.model.shapes import describe_params
 
-PREFIX = "params/"  # of weights among the arrays of a checkpoint
+PREFIX = "params/"  # of the names of weights among the arrays of a checkpoint
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 MAX_PROBLEMS = 50  # listed in one error message
 
@@ -59,8 +59,7 @@ class ImportPlan(NamedTuple):
 
     def nbytes(self, dtype: str | None) -> int:
         """Return the size of all values in bytes, after the weights are cast to `dtype` unless it is None."""
-        sizes = ((a.shape, target_dtype(a, name, dtype)) for name, a in self.values.items())
-        return sum(math.prod(shape) * kind.itemsize for shape, kind in sizes)
+        return sum(math.prod(a.shape) * target_dtype(a, name, dtype).itemsize for name, a in self.values.items())
 
 
 class WeightSpec(NamedTuple):
@@ -94,7 +93,7 @@ def make_model_config(model: Mapping[str, Any], where: object) -> ModelConfig:
 
 
 def describe_weights(config: ModelConfig) -> dict[str, list[WeightSpec]]:
-    """Return {array name: its weights}: a single weight, or those of its layers in the order of the first dimension."""
+    """Return {array name: its weights}: a single weight, or the weight of each layer in the order of the first dimension."""
     return {
         PREFIX + name: _split_layers(name, info, config)
         for name, info in flatten_names(describe_params(config)).items()
@@ -102,15 +101,15 @@ def describe_weights(config: ModelConfig) -> dict[str, list[WeightSpec]]:
 
 
 def list_weights(config: ModelConfig, arrays: Mapping[str, LazyArray]) -> list[tuple[WeightSpec, LazyArray]]:
-    """Return every weight of a model with its values; a layer of a stacked array is an `Index` of it.
+    """Return every weight of a model with its values; a layer of a stacked array is an `Index` of this array.
 
     Raises KeyError if an array is missing.
     """
-    found: list[tuple[WeightSpec, LazyArray]] = []
+    weights: list[tuple[WeightSpec, LazyArray]] = []
     for name, specs in describe_weights(config).items():
         for i, spec in enumerate(specs):
-            found.append((spec, arrays[name] if spec.layer is None else Index(arrays[name], i)))
-    return found
+            weights.append((spec, arrays[name] if spec.layer is None else Index(arrays[name], i)))
+    return weights
 
 
 def assemble(config: ModelConfig, find: Callable[[WeightSpec], LazyArray], where: object) -> dict[str, PlannedArray]:
@@ -123,18 +122,18 @@ def assemble(config: ModelConfig, find: Callable[[WeightSpec], LazyArray], where
     arrays: dict[str, PlannedArray] = {}
     problems: list[str] = []
     for name, specs in describe_weights(config).items():
-        found: list[LazyArray] = []
+        weights: list[LazyArray] = []
         for spec in specs:
             try:
-                found.append(_check_weight(find(spec), spec))
+                weights.append(_check_weight(find(spec), spec))
             except KeyError as error:
                 problems.append(f"missing: {error.args[0]}")
             except ValueError as error:
                 problems.append(f"wrong shape: {error}")
             except TypeError as error:
                 problems.append(f"wrong type: {error}")
-        if len(found) == len(specs):
-            arrays[name] = PlannedArray(found[0] if specs[0].layer is None else Stack(found), axes[name])
+        if len(weights) == len(specs):
+            arrays[name] = PlannedArray(weights[0] if specs[0].layer is None else Stack(weights), axes[name])
     raise_problems(_mismatch(where), problems)
     return arrays
 
@@ -159,9 +158,9 @@ def raise_problems(heading: object, problems: Iterable[str]) -> None:
         raise CheckpointError(f"{heading}:\n  " + "\n  ".join([*distinct[:MAX_PROBLEMS], *more]))
 
 
-def check_all_used(found: set[str], used: set[str], ignored: Callable[[str], bool], where: object) -> None:
-    """Raise CheckpointError with every external tensor that no native array uses, except those that `ignored` accepts."""
-    unexpected = [f"unexpected: {name}" for name in sorted(found - used) if not ignored(name)]
+def check_all_used(names: set[str], used: set[str], ignored: Callable[[str], bool], where: object) -> None:
+    """Raise CheckpointError with the external `names` that no native array uses, except names that `ignored` accepts."""
+    unexpected = [f"unexpected: {name}" for name in sorted(names - used) if not ignored(name)]
     raise_problems(_mismatch(where), unexpected)
 
 

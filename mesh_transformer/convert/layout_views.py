@@ -4,15 +4,16 @@
 
 A pattern describes the layout of an external tensor. The grammar is close to that of einops: one entry per dimension,
 each a word, or several words in parentheses whose sizes are multiplied, the first varying slowest. Words are the logical
-axes of the native array. A number is a dimension of that size that separates several native arrays, for example q, k
-and v; a native array is the component with a given index along it. A native axis that is not in the pattern has size 1.
+axes of the native array. A number N is a dimension of size N along which N native arrays lie, for example q, k and v; the
+index of a native array along this dimension is its component. A native axis that is not in the pattern has size 1.
 
     "(heads head_dim) embed"   torch.nn.Linear's [H*C, D] for a native [embed, heads, head_dim]
     "embed (3 heads head_dim)" GPT-2's fused c_attn [D, 3*H*C]; w_q is component 0, w_k 1 and w_v 2
 
-`LayoutView` reads a native array from an external tensor. `Packed` is the inverse. An external tensor may also join tensors
-with different numbers of rows, such as q, k and v with fewer key-value heads. A `Split` describes it: `Part` reads one of the
-joined tensors, whose layout has its own pattern, and `Joined` is the inverse.
+`LayoutView` reads a native array from an external tensor; `Packed`, the inverse, is an external tensor made of native arrays.
+An external tensor may also join tensors with different numbers of rows, such as q, k and v with fewer key-value heads. A
+`Split` describes the rows of such a tensor: `Part` reads one of the joined tensors, from which a `LayoutView` reads a native
+array; `Joined`, the inverse of `Part`, joins several `Packed`.
 """
 
 import math
@@ -44,9 +45,9 @@ class LayoutView:
         component: int = 0,
         name: str = "tensor",
     ):
-        """Raise ValueError, with the external tensor's `name`, if it does not have the shape that the pattern requires.
+        """Raise ValueError, with the external tensor's `name`, if this tensor does not have the shape that the pattern requires.
 
-        `axes` and `shape` are those of the native array; `component` is its index along the pattern's number.
+        `axes` and `shape` belong to the native array; `component` is its index along the dimension that a number stands for.
         """
         self.base = base
         self.pattern = parse_pattern(pattern)
@@ -101,7 +102,7 @@ class Chunking(NamedTuple):
     """A division of a tensor into slices along one dimension."""
 
     dim: int
-    multiple: int  # each slice starts at a multiple of this
+    multiple: int  # each slice starts at a multiple of this number of indices
 
 
 class Split(NamedTuple):
@@ -115,7 +116,7 @@ class Part:
     """One of the tensors that an external tensor joins: the rows of one part, from all blocks in order."""
 
     def __init__(self, base: LazyArray, split: Split, component: int, *, name: str = "tensor"):
-        """Raise ValueError, with the tensor's `name`, if it does not have the number of rows that the split requires."""
+        """Raise ValueError, with the tensor's `name`, if its number of rows is not the number that the split requires."""
         self.base = base
         self.block_rows = sum(split.sizes)
         if base.shape[:1] != (split.blocks * self.block_rows,):
@@ -123,9 +124,9 @@ class Part:
             raise ValueError(
                 f"{name}: shape {base.shape}, expected {rows} rows = {split.blocks} x ({' + '.join(map(str, split.sizes))})"
             )
-        self.first = sum(split.sizes[:component])
-        self.size = split.sizes[component]
-        self.shape = (split.blocks * self.size, *base.shape[1:])
+        self.first = sum(split.sizes[:component])  # first row of this part in each block
+        self.rows = split.sizes[component]  # rows of this part in each block
+        self.shape = (split.blocks * self.rows, *base.shape[1:])
         self.dtype = base.dtype
 
     @property
@@ -139,19 +140,19 @@ class Part:
     def read(self, index: Slices) -> np.ndarray:
         """Return the values at `index`; each block is read separately."""
         start, stop, _ = index[0].indices(self.shape[0])
-        found: list[np.ndarray] = []
-        for block in range(start // self.size, max(-(-stop // self.size), start // self.size + 1)):
-            low, high = (min(max(row - block * self.size, 0), self.size) for row in (start, stop))
+        parts: list[np.ndarray] = []
+        for block in range(start // self.rows, max(-(-stop // self.rows), start // self.rows + 1)):
+            low, high = (min(max(row - block * self.rows, 0), self.rows) for row in (start, stop))
             offset = block * self.block_rows + self.first
-            found.append(self.base.read((slice(offset + low, offset + high), *index[1:])))
-        return found[0] if len(found) == 1 else np.concatenate(found)
+            parts.append(self.base.read((slice(offset + low, offset + high), *index[1:])))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 class Packed:
-    """An external tensor packed from native arrays, which are the components of the pattern's number in order."""
+    """An external tensor packed from N native arrays in the order of their components; N is the number in the pattern, or 1."""
 
     def __init__(self, arrays: Sequence[LazyArray], pattern: str, axes: Sequence[Sequence[str]]):
-        """Raise ValueError if the number in the pattern is not the number of arrays. `axes` has the axes of each array."""
+        """Raise ValueError if the number in the pattern, or 1, is not the number of arrays. `axes` has the axes of each array."""
         self.arrays = arrays
         self.pattern = parse_pattern(pattern)
         self.axes = axes
@@ -190,7 +191,7 @@ class Packed:
 
     @property
     def row_multiple(self) -> int:
-        """Return the number of rows that are read together; slices along the first dimension start at its multiples."""
+        """Return the number of rows that are read together; slices along the first dimension start at multiples of it."""
         return self._inner_size(0)
 
     def read_slice(self, dim: int, first: int, last: int) -> np.ndarray:
@@ -201,7 +202,7 @@ class Packed:
         words = [word for group in self.pattern for word in group]
         lead = self.pattern[dim][0]
         stack_dim = next((i for i, word in enumerate(words) if word.isdigit()), None)
-        found: list[np.ndarray] = []
+        components: list[np.ndarray] = []
         for array, axes in zip(self.arrays, self.axes, strict=True):
             order = [_native_axis(word, axes) for word in words if not word.isdigit()]
             index = list(full_index(array))
@@ -209,14 +210,14 @@ class Packed:
                 inner = self._inner_size(dim)
                 index[list(axes).index(_native_axis(lead, axes))] = slice(first // inner, last // inner)
             values = array.read(tuple(index)).transpose([list(axes).index(axis) for axis in order])
-            found.append(values if stack_dim is None else np.expand_dims(values, stack_dim))
-        joined = found[0] if stack_dim is None else np.concatenate(found, axis=stack_dim)
+            components.append(values if stack_dim is None else np.expand_dims(values, stack_dim))
+        joined = components[0] if stack_dim is None else np.concatenate(components, axis=stack_dim)
         shape = list(self.shape)
         shape[dim] = last - first
         return joined.reshape(shape)
 
     def slice_bounds(self, max_bytes: int) -> Iterator[tuple[int, int]]:
-        """Yield (first, last) of slices of about `max_bytes` along the dimension of `chunking`; one for a scalar."""
+        """Yield (first, last) of slices of about `max_bytes` along the dimension of `chunking`; for a scalar, only (0, 1)."""
         return _slice_bounds(self, max_bytes)
 
 
@@ -235,7 +236,7 @@ class Joined:
 
     @property
     def chunking(self) -> Chunking:
-        """Division into slices of the first dimension: whole blocks, or heads of a single block."""
+        """Division into slices of the first dimension: whole blocks, or whole heads if there is only one block."""
         if self.split.blocks > 1:
             return Chunking(0, sum(self.split.sizes))
         return Chunking(0, math.gcd(*(part.row_multiple for part in self.parts)))
@@ -249,8 +250,9 @@ class Joined:
             bounds = [
                 (max(first - start, 0), min(last - start, size)) for start, size in zip(starts, sizes, strict=False)
             ]
-            found = [part.read_slice(0, a, b) for part, (a, b) in zip(self.parts, bounds, strict=True) if a < b]
-            return np.concatenate(found)
+            return np.concatenate(
+                [part.read_slice(0, a, b) for part, (a, b) in zip(self.parts, bounds, strict=True) if a < b]
+            )
         first_block, last_block = first // sum(sizes), last // sum(sizes)
         blocks = [
             part.read_slice(0, first_block * size, last_block * size).reshape(-1, size, *self.shape[1:])
@@ -275,5 +277,5 @@ def _slice_bounds(tensor: Packed | Joined, max_bytes: int) -> Iterator[tuple[int
 
 
 def _native_axis(word: str, axes: Sequence[str]) -> str:
-    """Return the native axis of a word; "heads" stands for "kv_heads" in k and v of a fused projection with equal numbers."""
+    """Return the native axis of a word. In a fused projection with as many key-value heads as heads, "heads" is used for both."""
     return "kv_heads" if word == "heads" and "heads" not in axes else word

@@ -37,7 +37,7 @@ class LazyArray(Protocol):
 
     @property
     def read_granularity(self) -> tuple[int, ...]:
-        """Return the number of indices along each dimension that are decoded together; 1 if each can be read alone."""
+        """Return the number of indices along each dimension that are decoded together; 1 if every index can be read alone."""
         ...
 
     @property
@@ -84,7 +84,7 @@ class FileArray(_Elementwise):
         return isinstance(self.path, Path)
 
     def with_shape(self, *shape: int) -> "FileArray":
-        """Return the same values in another shape. Raise ValueError if it has not as many."""
+        """Return the same values in another shape. Raise ValueError if the shape has another number of values."""
         if math.prod(shape) != math.prod(self.shape):
             raise ValueError(f"shape {list(self.shape)}, expected {list(shape)}")
         return dataclasses.replace(self, shape=shape)
@@ -133,15 +133,15 @@ class Concat(_Elementwise):
     def __init__(self, arrays: Sequence[LazyArray], dim: int):
         """Raise ValueError if the arrays differ in another dimension or in dtype."""
         if len({(*array.shape[:dim], *array.shape[dim + 1 :], array.dtype) for array in arrays}) != 1:
-            found = [(array.shape, str(array.dtype)) for array in arrays]
+            given = [(array.shape, str(array.dtype)) for array in arrays]
             raise ValueError(
-                f"cannot concatenate along dimension {dim}: shapes and types are {found}; other dimensions and types must be equal"
+                f"cannot concatenate along dimension {dim}: shapes and types are {given}; other dimensions and types must be equal"
             )
         self.arrays = arrays
         self.dim = dim
         self.dtype = arrays[0].dtype
-        size = sum(array.shape[dim] for array in arrays)
-        self.shape = (*arrays[0].shape[:dim], size, *arrays[0].shape[dim + 1 :])
+        length = sum(array.shape[dim] for array in arrays)
+        self.shape = (*arrays[0].shape[:dim], length, *arrays[0].shape[dim + 1 :])
 
     @property
     def is_local(self) -> bool:
@@ -150,16 +150,16 @@ class Concat(_Elementwise):
     def read(self, index: Slices) -> np.ndarray:
         """Return the values at `index`. Only arrays that overlap the slice are read."""
         start, stop, _ = index[self.dim].indices(self.shape[self.dim])
-        found: list[np.ndarray] = []
+        parts: list[np.ndarray] = []
         begin = 0
         for array in self.arrays:
             end = begin + array.shape[self.dim]
             low, high = max(start, begin), min(stop, end)
-            if low < high or (start == stop and not found):
+            if low < high or (start == stop and not parts):
                 inner = slice(low - begin, max(high, low) - begin)
-                found.append(array.read((*index[: self.dim], inner, *index[self.dim + 1 :])))
+                parts.append(array.read((*index[: self.dim], inner, *index[self.dim + 1 :])))
             begin = end
-        return found[0] if len(found) == 1 else np.concatenate(found, axis=self.dim)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=self.dim)
 
 
 class Stack(_Elementwise):
@@ -230,7 +230,7 @@ class Sum(_Elementwise):
         return all(array.is_local for array in self.arrays)
 
     def read(self, index: Slices) -> np.ndarray:
-        """Return the sum or mean at `index`. The mean of equal arrays is exactly one of them."""
+        """Return the sum or mean at `index`. The mean of equal arrays has exactly their values."""
         dtype = np.float64 if self.mean else FLOAT32
         total = self.arrays[0].read(index).astype(dtype)
         for array in self.arrays[1:]:
@@ -273,9 +273,9 @@ class Decoded:
         """Return the values at `index`, decoding the blocks that overlap it."""
         outer: list[slice] = []
         inner: list[slice] = []
-        for part, dim, size in zip(index, self.shape, self.read_granularity, strict=True):
+        for part, dim, block in zip(index, self.shape, self.read_granularity, strict=True):
             start, stop, _ = part.indices(dim)
-            low, high = start // size * size, min(-(-stop // size) * size, dim)
+            low, high = start // block * block, min(-(-stop // block) * block, dim)
             outer.append(slice(low, high))
             inner.append(slice(start - low, max(stop, start) - low))
         return self.decode(tuple(outer))[tuple(inner)]
@@ -285,9 +285,9 @@ def to_c_order(values: np.ndarray) -> np.ndarray:
     """Return the values in C order.
 
     A transposed array is copied COPY_TILE slices of its last dimension at a time. This is three times as fast as a
-    single copy, which uses only four bytes of each cache line that it loads.
+    single copy, which uses only one value of each cache line that it loads.
     """
-    if values.flags.c_contiguous:  # a scalar too, which ascontiguousarray would give a dimension
+    if values.flags.c_contiguous:  # also scalars, to which ascontiguousarray would add a dimension
         return values
     if values.ndim < 2 or values.strides[-1] == values.itemsize:
         return np.ascontiguousarray(values)

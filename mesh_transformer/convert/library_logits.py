@@ -21,12 +21,12 @@ from mesh_transformer.host_memory import available_memory
 from mesh_transformer.storage.errors import CheckpointError
 from mesh_transformer.storage.paths import AnyPath
 
-OVERHEAD_BYTES = 1 << 30  # of PyTorch and transformers themselves
-COPIES = 1.25  # of the float32 weights while a model is loaded
+OVERHEAD_BYTES = 1 << 30  # memory of PyTorch and transformers without a model
+COPIES = 1.25  # memory to load a model, as a multiple of its float32 weights
 
 
 def unavailable_reason(folder: AnyPath, weight_count: int) -> str:
-    """Return the reason why transformers cannot run the model of a folder on this machine; "" if it can."""
+    """Return the reason why transformers cannot run the model of a folder on this machine; "" if there is none."""
     if not isinstance(folder, Path):
         return f"{folder} is not a local folder"
     missing = [name for name in ("transformers", "torch") if importlib.util.find_spec(name) is None]
@@ -66,9 +66,9 @@ def run_library(folder: Path, architecture: str, tokens: np.ndarray, encoder_tok
 
 
 def attention_of(architecture: str) -> str:
-    """Return the implementation of attention to run a class with: that which computes every score, where it is right.
+    """Return the `attn_implementation` for a model class: "eager", which computes every score, or "sdpa" for Falcon.
 
-    In transformers 5 the one of Falcon adds the ALiBi bias twice.
+    In transformers 5, "eager" adds the ALiBi bias of Falcon twice.
     """
     return "sdpa" if architecture.startswith("Falcon") else "eager"
 

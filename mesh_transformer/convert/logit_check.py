@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compare the logits of the source and the result of a conversion on the same random tokens.
 
-The logits are computed from the files of each: of a native checkpoint by the model of this package, one period of layers at
-a time; of a Hugging Face folder by transformers, if it is installed and the model fits in memory, otherwise by a NumPy
-reimplementation, which reads config.json with the importer's code; of mesh-transformer-jax shards by a NumPy
-reimplementation.
+The files determine the implementation that computes the logits: for a native checkpoint or a GGUF file, the model of this
+package, one period of layers at a time; for a Hugging Face folder, transformers, if it is installed and the model fits in
+memory, otherwise a NumPy reimplementation, which reads config.json with the importer's code; for mesh-transformer-jax shards,
+a NumPy reimplementation.
 """
 
 import dataclasses
@@ -42,7 +42,9 @@ from mesh_transformer.storage.errors import CheckpointError
 
 Verify = Literal["auto", "transformers", "own"]
 SEQUENCES, SEQUENCE_LENGTH = 2, 32
-TOLERANCE = 1e-4  # of the largest logit: float32 rounding in another order of operations, after tens of layers
+TOLERANCE = (
+    1e-4  # as a fraction of the largest logit: float32 rounding in another order of operations, after tens of layers
+)
 # Parameters outside the layers, except the matrices that are read a few rows at a time.
 EMBEDDING = tuple(f"transformer/{name}" for name in ("w_token_types", "norm_embedding/", "w_embedding", "b_embedding"))
 OUTSIDE = tuple(f"transformer/{name}/" for name in ("norm_out", "relative_bias", "masked_lm_head"))
@@ -54,8 +56,8 @@ class LogitDifference(NamedTuple):
 
     largest: float
     scale: float  # largest absolute logit
-    tokens: int
-    implementations: tuple[str, str]  # that computed the logits of the source and of the result
+    tokens: int  # number of tokens
+    implementations: tuple[str, str]  # code that computed the logits of the source, and of the result
     used_transformers: bool  # whether transformers computed the logits of source or result
     notes: tuple[str, ...] = ()
 
@@ -80,18 +82,16 @@ def compare_logits(
     config = source.plan.config
     shape = (SEQUENCES, min(SEQUENCE_LENGTH, config.seq_len))
     tokens = np.random.default_rng(0).integers(0, config.n_vocab, shape, dtype=np.int32)
-    sizes = [sum(array_bytes(array) for array in side.plan.values.values()) for side in (source, result)]
-    counter = ByteCounter("comparing logits", sum(sizes), progress)
+    nbytes = [sum(array_bytes(array) for array in side.plan.values.values()) for side in (source, result)]
+    counter = ByteCounter("comparing logits", sum(nbytes), progress)
     counter.add(0)
     sides: list[SideLogits] = []
-    for checkpoint, size in sorted(
-        zip((source, result), sizes, strict=True), key=lambda side: side[0].kind == "native"
-    ):
+    for checkpoint, n in sorted(zip((source, result), nbytes, strict=True), key=lambda side: side[0].kind == "native"):
         side = run_side(checkpoint, tokens, max_memory, verify)
         if side is None:
             return None
         sides.append(side)
-        counter.add(size)
+        counter.add(n)
     if source.kind == "native":
         sides.reverse()
     largest = float(np.abs(sides[0].values - sides[1].values).max())
@@ -148,7 +148,7 @@ def implementation_of(checkpoint: OpenCheckpoint) -> str | None:
 
 
 def logits_of(checkpoint: OpenCheckpoint, tokens: np.ndarray, max_memory: int) -> np.ndarray:
-    """Return the float32 logits [B, T, V] of a checkpoint of any format, computed in its own layout."""
+    """Return the float32 logits [B, T, V] of a checkpoint of any format, computed from the arrays in the layout of its format."""
     external = checkpoint.external_config
     match checkpoint.kind:
         case "huggingface":
@@ -171,9 +171,9 @@ def make_encoder_tokens(tokens: np.ndarray) -> np.ndarray:
 def run_native(
     config: ModelConfig, arrays: Mapping[str, LazyArray], tokens: np.ndarray, max_memory: int | None = None
 ) -> np.ndarray:
-    """Return the float32 logits [B, T, V] of the native model, or its hidden states [B, T, D] without a head.
+    """Return the float32 logits [B, T, V] of the native model, or its hidden states [B, T, D] if it has no head.
 
-    One period of layers is in memory at a time, or less if that exceeds `max_memory` bytes.
+    One period of layers is in memory at a time, or less if a period needs more than `max_memory` bytes.
     """
     config = dataclasses.replace(config, dtype="float32", dropout=0.0, attention_kernel="dense", preset=None)
     weights = {name.removeprefix(PREFIX): array for name, array in arrays.items() if name.startswith(PREFIX)}
@@ -211,7 +211,7 @@ def _run_stack(
     encoder_output: np.ndarray | None,
     max_memory: int | None,
 ) -> np.ndarray:
-    """Return the input of the head after all layers of a decoder or an encoder on the residual stream [B, T, D]."""
+    """Run all layers of a decoder or an encoder on the residual stream [B, T, D] and return the input of the head."""
     outside = _read_params(_select(weights, *OUTSIDE))
     for layers in config.layer_stacks:
         prefix = f"transformer/{layers.name}/"
@@ -274,6 +274,6 @@ def _read_params(arrays: Mapping[str, LazyArray], index: int | None = None) -> P
 
 
 def _period_bytes(config: ModelConfig, layers: LayerStack, stacked: Mapping[str, LazyArray]) -> int:
-    """Return the size of one period of layers, as read plus in float32."""
-    sizes = [(4 + array.dtype.itemsize) * math.prod(array.shape) for array in stacked.values()]
-    return sum(sizes) * config.layer_uses // layers.n_repeats
+    """Return the size in bytes of one period of layers: its weights as read, plus the same weights in float32."""
+    nbytes = [(4 + array.dtype.itemsize) * math.prod(array.shape) for array in stacked.values()]
+    return sum(nbytes) * config.layer_uses // layers.n_repeats

@@ -32,11 +32,11 @@ def find_model(name: str | AnyPath, *, log: Callable[[str], None] | None = None)
     """Return the store and the step of the model that `name` refers to; see `find_source` and `find_checkpoint`.
 
     A source that is not a native checkpoint is converted into the cache first, which `log` reports.
-    Raises CheckpointError or ConfigError.
+    Raises CheckpointError or ConfigError if the model is not found or cannot be converted.
     """
     try:
         return find_checkpoint(name, log=log)
-    except StorageError:  # not reachable at present
+    except StorageError:  # the object store cannot be reached at present
         raise
     except CheckpointError:
         source = find_source(name)
@@ -61,7 +61,7 @@ def _converted(source: AnyPath, log: Callable[[str], None] | None) -> Path:
             if log:
                 log(f"{source}: converting to a native checkpoint, once, in {folder}")
             with show_progress() as progress:
-                # "own": to start PyTorch here would take longer than the conversion
+                # "own" because starting PyTorch would take longer than the conversion
                 options = ConversionOptions(source=source, destination=folder, weights_only=True, verify="own")
                 convert(options, progress)
         elif log:
@@ -75,6 +75,6 @@ def _digest(source: AnyPath) -> str:
         status = source.stat()
         files = [(source.name, status.st_size, status.st_mtime)]
     else:
-        files = [(name, *found) for name, found in sorted(backend_for(source).list_files().items())]
+        files = [(name, *status) for name, status in sorted(backend_for(source).list_files().items())]
     identity = json.dumps([mesh_transformer.__version__, str(source.resolve().name), files])
     return hashlib.sha256(identity.encode()).hexdigest()[:16]

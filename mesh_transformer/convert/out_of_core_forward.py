@@ -35,7 +35,7 @@ ROUTER = ("experts/w_router", "experts/b_router", "experts/selection_bias")
 
 
 class OutOfCoreLayer:
-    """One layer whose weights are not loaded."""
+    """One layer whose weights are read from the checkpoint when they are used."""
 
     def __init__(self, config: ModelConfig, arrays: Mapping[str, LazyArray], index: int, kind: LayerKind):
         """Select layer `index` of `arrays`, which stack the weights of a block's layers by name ("attention/w_q")."""
@@ -136,7 +136,7 @@ class OutOfCoreLayer:
         return y
 
     def norm(self, name: str, x: Array, kind: type[Norm] | type[QKNorm] = Norm) -> Array:
-        """Return x normalized by one of the layer's norms."""
+        """Return x normalized by the norm `name` of the layer."""
         names = [full for full in self.arrays if full.startswith(f"{name}/")]
         params = {full.rpartition("/")[2]: jnp.asarray(self.read(full)) for full in names}
         run = hk.without_apply_rng(hk.transform(lambda y: kind(self.config, name="norm")(y)))
@@ -174,9 +174,13 @@ def run_layers(
     """
     experts = config.experts
     if experts and (experts.eval_capacity_factor or experts.eval_capacity):
+        limit = (
+            f"eval_capacity = {experts.eval_capacity}"
+            if experts.eval_capacity
+            else f"eval_capacity_factor = {experts.eval_capacity_factor}"
+        )
         raise CheckpointError(
-            f"the capacity of the experts is limited (eval_capacity_factor = {experts.eval_capacity_factor}, eval_capacity = "
-            f"{experts.eval_capacity}), which needs all weights of a layer in memory; raise --max-memory"
+            f"the capacity of the experts is limited ({limit}), which needs all weights of a layer in memory; raise --max-memory"
         )
     period = len(layers.pattern)
     for i in range(period * layers.n_repeats):

@@ -15,7 +15,7 @@ def no_progress(stage: str, done: int, total: int) -> None:
 
 
 class ByteCounter:
-    """Counter of the bytes processed in one stage, which it reports; safe to use from several threads."""
+    """Counter that reports the bytes processed in one stage; safe to use from several threads."""
 
     def __init__(self, stage: str, total: int, report: Progress):
         self.stage = stage

@@ -25,11 +25,11 @@ class OpenCheckpoint(NamedTuple):
     path: AnyPath
     plan: ImportPlan
     meta: dict[str, Any]  # metadata of a native checkpoint; tokenizer, special IDs and text files of a GGUF file
-    external_config: dict[str, Any]  # configuration file of an external checkpoint
+    external_config: dict[str, Any]  # content of an external checkpoint's configuration file; otherwise empty
 
 
 def open_native(path: AnyPath) -> OpenCheckpoint:
-    """Open a native checkpoint, or the latest one of a run folder."""
+    """Open a native checkpoint, or the latest checkpoint of a run folder."""
     store, step = find_checkpoint(path)
     folder = store.folder(step)
     meta = store.read_meta(step)
@@ -57,7 +57,7 @@ def detect_format(path: AnyPath) -> str:
 def open_checkpoint(path: AnyPath, source_config: AnyPath | None = None) -> OpenCheckpoint:
     """Open the checkpoint at `path`, detecting its format. Raise CheckpointError if there is none.
 
-    `source_config` is the JSON configuration of a mesh-transformer-jax checkpoint; without it, the one next to the shards is used.
+    `source_config` is the JSON configuration of a mesh-transformer-jax checkpoint; default: the file next to the shards.
     """
     require_existing(path)
     match detect_format(path):
@@ -76,8 +76,8 @@ def open_checkpoint(path: AnyPath, source_config: AnyPath | None = None) -> Open
 def read_model_section(path: AnyPath) -> dict[str, Any]:
     """Return the [model] section of a checkpoint of any format, from its configuration or header alone.
 
-    The files with the weights of a Hugging Face folder may be missing: config.json suffices. CheckpointError if the model is
-    not supported.
+    The files with the weights of a Hugging Face folder may be missing: config.json suffices. Raises CheckpointError if
+    the model is not supported.
     """
     require_existing(path)
     match detect_format(path):
@@ -103,13 +103,14 @@ def _find_shards(path: AnyPath) -> AnyPath | None:
 def _find_source_config(shards: AnyPath) -> AnyPath:
     """Return the only configuration of mesh-transformer-jax next to the shards or in the two folders above them."""
     folders = (shards, shards.parent, shards.parent.parent)
-    found = [file for folder in folders for file in sorted(folder.glob("*.json")) if _is_gptj_config(file)]
-    if len(found) != 1:
+    configs = [file for folder in folders for file in sorted(folder.glob("*.json")) if _is_gptj_config(file)]
+    if len(configs) != 1:
         raise CheckpointError(
-            f"{shards}: a mesh-transformer-jax checkpoint needs its JSON configuration, but {len(found)} were found next to it "
-            f"({', '.join(map(str, found)) or 'none'}); convert it with scripts/reshard_checkpoint.py --source-config FILE.json"
+            f"{shards}: a mesh-transformer-jax checkpoint needs its JSON configuration, but {len(configs)} were found next to "
+            f"the shards ({', '.join(map(str, configs)) or 'none'}); convert it with scripts/reshard_checkpoint.py --source-config "
+            "FILE.json"
         )
-    return found[0]
+    return configs[0]
 
 
 def _is_gptj_config(file: AnyPath) -> bool:

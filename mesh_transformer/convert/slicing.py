@@ -14,7 +14,7 @@ from mesh_transformer.convert.layout_views import Joined, Packed
 
 COMPARE_BYTES = 16_000_000  # default size of a slice that is compared
 SLICE_BYTES = 40_000_000  # default size of a slice that is read and written
-MIN_SHARD_BYTES = 16_000_000  # shard files of a checkpoint are not made smaller than this
+MIN_SHARD_BYTES = 16_000_000  # shards of a checkpoint are not shrunk below this size
 
 
 def slices_of_bytes(shape: tuple[int, ...], itemsize: int, max_bytes: int = COMPARE_BYTES) -> Iterator[Slices]:
@@ -34,7 +34,7 @@ def shard_slices(record: ArrayRecord) -> Iterator[Slices]:
 
 
 def grid_slices(shape: Sequence[int], cell: Sequence[int]) -> Iterator[Slices]:
-    """Yield the cells of a regular grid over an array; those at its end may be smaller."""
+    """Yield the cells of a regular grid over an array; cells at the end of the array may be smaller."""
     starts = [range(0, dim, size) for dim, size in zip(shape, cell, strict=True)]
     for corner in itertools.product(*starts):
         yield tuple(slice(low, min(low + size, dim)) for low, size, dim in zip(corner, cell, shape, strict=True))

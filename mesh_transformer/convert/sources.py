@@ -3,7 +3,7 @@
 """Find the folder or file of a model by its name, and reject folders and files of formats that cannot be read.
 
 A name is a local path, a URL, or a repository on the Hugging Face Hub. For the top folder of a repository in the Hub's
-cache, the folder of its snapshot is found. readers.py detects the format of a model.
+cache, the folder of its snapshot is used. readers.py detects the format of a model.
 """
 
 import re
@@ -42,7 +42,7 @@ def _is_repository(text: str) -> bool:
 
 
 def _find_snapshot(path: AnyPath) -> AnyPath:
-    """Return the snapshot of `main`, or the only one, if `path` is a repository in the cache of the Hub."""
+    """Return the snapshot of `main`, or the only snapshot, if `path` is a repository in the Hub's cache; else `path`."""
     snapshots = path / "snapshots"
     if not path.name.startswith("models--") or not snapshots.is_dir():
         return path
@@ -51,12 +51,12 @@ def _find_snapshot(path: AnyPath) -> AnyPath:
         named = snapshots / reference.read_bytes().decode().strip()
         if named.is_dir():
             return named
-    found = sorted(snapshots.iterdir())
-    if len(found) != 1:
+    folders = sorted(snapshots.iterdir())
+    if len(folders) != 1:
         raise CheckpointError(
-            f"{path}: a repository in the Hub's cache with {len(found)} snapshots; give one of the folders in {snapshots}"
+            f"{path}: a repository in the Hub's cache with {len(folders)} snapshots; give one of the folders in {snapshots}"
         )
-    return found[0]
+    return folders[0]
 
 
 def reject_other_formats(path: AnyPath) -> None:
@@ -70,7 +70,7 @@ def reject_other_formats(path: AnyPath) -> None:
     entries = {entry.name: entry for entry in path.iterdir()}
     if "adapter_config.json" in entries and "config.json" not in entries:
         raise CheckpointError(
-            f"{path}: an adapter without its base model; merge them with merge_and_unload() of peft, and give the folder "
+            f"{path}: an adapter without its base model; merge both with merge_and_unload() of peft, and give the folder "
             "of the merged model"
         )
     if "params.json" in entries and any(re.fullmatch(r"consolidated.*\.pth", name) for name in entries):

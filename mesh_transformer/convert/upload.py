@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Upload a verified result to an object store: each object is read back and compared, and the marker comes last.
+"""Upload a verified result to an object store: each object is read back and compared; the marker file is uploaded last.
 
-The marker is the file that readers look for first: COMMIT in a native checkpoint, config.json in a Hugging Face model
+The marker file is the file that readers look for first: COMMIT of a native checkpoint, config.json of a Hugging Face model
 folder, meta.json of a mesh-transformer-jax checkpoint. While the object UPLOADING exists, the upload is incomplete. A
 second call resumes it: an object with the right size and digest is not uploaded again.
 """
@@ -31,9 +31,9 @@ class Upload(NamedTuple):
     """Statistics of a finished upload."""
 
     objects: int
-    put: int  # objects uploaded now; the others existed already
-    nbytes: int  # of the objects uploaded now
-    seconds: float  # including the time to read all of them back
+    put: int  # objects uploaded by this call; the others existed already
+    nbytes: int  # size of the objects uploaded by this call
+    seconds: float  # including the time to read the objects back
 
 
 def check_remote(destination: RemotePath, overwrite: bool) -> None:
@@ -43,8 +43,8 @@ def check_remote(destination: RemotePath, overwrite: bool) -> None:
             f"{destination}: a bucket is not a destination; add a folder, such as {destination}/model"
         )
     folder = ObjectStoreBackend(destination)
-    found = folder.list_files()
-    if found and UPLOADING not in found and not overwrite:
+    existing = folder.list_files()
+    if existing and UPLOADING not in existing and not overwrite:
         raise CheckpointError(f"{destination} exists; choose another destination or pass --overwrite")
     folder.create()
 
@@ -76,7 +76,7 @@ def upload_folder(
 
 
 def upload_order(name: str) -> int:
-    """Return the position of a marker file among those uploaded last; 0 for files without an order."""
+    """Return the position of a marker file among the marker files, which are uploaded last; 0 for other files."""
     if name.rpartition("/")[2] == COMMIT:
         return len(MARKERS) + 1
     return MARKERS.index(name) + 1 if name in MARKERS else 0
@@ -88,14 +88,14 @@ class _Uploader:
     def __init__(self, folder: Path, destination: RemotePath, sizes: dict[str, int], counter: ByteCounter):
         self.folder = folder
         self.destination = destination
-        self.sizes = sizes  # of the objects that exist already
+        self.sizes = sizes  # by name, of the objects that exist already
         self.counter = counter
-        self.put = 0
-        self.nbytes = 0
+        self.put = 0  # number of uploaded files
+        self.nbytes = 0  # size of the uploaded files
         self._lock = threading.Lock()
 
     def upload(self, name: str) -> None:
-        """Upload one file, unless the same object exists already."""
+        """Upload one file, unless an object with the same size and digest exists; marker files are always uploaded."""
         source, target = self.folder / name, self.destination / name
         expected = digest_file(source)
         has_same_size = self.sizes.get(name) == expected.size and not upload_order(name)

@@ -41,7 +41,7 @@ class WriteOptions(NamedTuple):
     """Options that all formats share."""
 
     dtype: str | None = None  # of the weights; None: unchanged
-    slice_bytes: int = SLICE_BYTES  # read and written at once by each worker
+    slice_bytes: int = SLICE_BYTES  # size of a slice that a worker reads and writes at once
     progress: Progress = no_progress
 
 
@@ -84,7 +84,7 @@ def write_native(
 def _plan_record(name: str, planned: PlannedArray, options: WriteOptions) -> ArrayRecord:
     array = planned.array
     dtype = target_dtype(array, name, options.dtype)
-    if isinstance(array, StoredArray) and array.dtype == dtype:  # its files are copied
+    if isinstance(array, StoredArray) and array.dtype == dtype:  # the files of the array are copied
         return dataclasses.replace(array.record, files={})
     shard, chunk = plan_chunks(array.shape, array.shape, dtype.name)
     shard = shrink_shard(shard, chunk, dtype, options.slice_bytes)
@@ -158,15 +158,15 @@ def write_huggingface(
 
 
 def _split_files(specs: Mapping[str, TensorSpec]) -> dict[str, list[str]]:
-    """Return {file name: tensors}; a file has at most MAX_FILE_BYTES unless a single tensor is larger."""
+    """Return {file name: tensor names}; a file has at most MAX_FILE_BYTES unless a single tensor is larger."""
     groups: list[list[str]] = [[]]
-    size = 0
+    nbytes = 0  # of the last group
     for name, spec in specs.items():
-        if groups[-1] and size + spec.nbytes > MAX_FILE_BYTES:
+        if groups[-1] and nbytes + spec.nbytes > MAX_FILE_BYTES:
             groups.append([])
-            size = 0
+            nbytes = 0
         groups[-1].append(name)
-        size += spec.nbytes
+        nbytes += spec.nbytes
     if len(groups) == 1:
         return {SAFETENSORS: groups[0]}
     return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
@@ -174,7 +174,7 @@ def _split_files(specs: Mapping[str, TensorSpec]) -> dict[str, list[str]]:
 
 def write_gptj_v1(staging: Path, plan: ImportPlan, options: WriteOptions, *, shards: int) -> Path:
     """Write a mesh-transformer-jax v1 checkpoint below `staging` and return its step folder."""
-    for name in ("config.json", "meta.json"):  # left by an attempt that stopped during verification
+    for name in ("config.json", "meta.json"):  # left by an earlier attempt that stopped during verification
         (staging / name).unlink(missing_ok=True)
     write_gptj(
         staging,

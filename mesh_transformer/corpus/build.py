@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build a corpus from its recipe: run the stages in order, each only if its inputs have changed.
 
-OUT/work holds the stages with the documents they dropped, OUT/documents the final text by split and component,
-OUT/tokens the shards. OUT/manifest.json has the digest of every output and is written last: without it the corpus is
-incomplete. The manifest does not depend on time, output path or number of workers: the same sources and recipe give the
-same manifest.
+OUT/work has the folders of the stages, with the documents that they dropped; OUT/documents has the final text by split
+and component, and OUT/tokens the shards. OUT/manifest.json has the digest of every output and is written last: without
+it the corpus is incomplete. The manifest does not depend on time, output path or number of workers: the same sources
+and recipe give the same manifest.
 """
 
 import errno
@@ -45,7 +45,7 @@ from mesh_transformer.corpus.stages import CorpusError, Executor, ProgressFn, ig
 from mesh_transformer.corpus.survey import SurveyStage, describe_survey
 from mesh_transformer.storage.atomic_files import link_file, replace_file
 
-VERSION = 2  # of the stage outputs; a new version rebuilds all of them
+VERSION = 2  # of the files that the stages write; a new version rebuilds all stages
 
 Records = list[dict[str, Any]]
 
@@ -67,7 +67,7 @@ class Corpus(NamedTuple):
 
 
 class CorpusBuilder:
-    """Runs stages in folders of one corpus."""
+    """Runs the stages of one corpus, each in a folder of OUT/work."""
 
     def __init__(self, recipe: Recipe, out: Path, executor: Executor, on_progress: ProgressFn):
         self.recipe = recipe
@@ -77,7 +77,7 @@ class CorpusBuilder:
         self.used: set[Path] = set()
 
     def folder(self, name: str, *depends: Any) -> Path:
-        """Return the folder of a stage, named after a digest of its inputs."""
+        """Create and return the folder of a stage; the folder is named after a digest of the stage's inputs."""
         key = hashlib.sha256(json.dumps([VERSION, name, *map(str, depends)]).encode()).hexdigest()[:12]
         path = self.out / "work" / f"{name}-{key}"
         path.mkdir(parents=True, exist_ok=True)
@@ -140,19 +140,19 @@ def _run_stages(builder: CorpusBuilder, parts: list[Part], missing: list[str]) -
     bands = builder.folder("match-bands", signed)
     if recipe.duplicates.near != "none":
         builder.run(BandMatchStage(recipe, signed, len(parts), bands), recipe.duplicates.bands_and_rows[0])
-    equal = builder.folder("match-exact", signed, ranges)
-    builder.run(ExactMatchStage(recipe, signed, len(parts), ranges, equal), ranges)
-    removals = builder.folder("removals", equal, bands)
-    removal_records = builder.run(RemovalStage(recipe, components, signed, bands, equal, ranges, removals), 1)
+    matched = builder.folder("match-exact", signed, ranges)
+    builder.run(ExactMatchStage(recipe, signed, len(parts), ranges, matched), ranges)
+    removals = builder.folder("removals", matched, bands)
+    removal_records = builder.run(RemovalStage(recipe, components, signed, bands, matched, ranges, removals), 1)
 
     selected = builder.folder("select", removals)
     selection_records = builder.run(
-        SelectionStage(recipe, components, filtered, equal, removals, ranges, selected), len(parts)
+        SelectionStage(recipe, components, filtered, matched, removals, ranges, selected), len(parts)
     )
     split_check = check_disjoint(selected, len(parts))
     surveyed = builder.folder("survey", selected)
     survey = describe_survey(builder.run(SurveyStage(recipe, components, selected, surveyed), len(parts)), surveyed)
-    epochs = resolve_epochs(recipe, _sizes(recipe, missing, filter_records, selection_records))
+    epochs = resolve_epochs(recipe, _train_bytes(recipe, missing, filter_records, selection_records))
     tokenized = builder.folder(
         "tokenize", selected, describe_tokenizer(recipe), sorted(epochs.items()), recipe.corpus.seed
     )
@@ -180,14 +180,14 @@ def _run_stages(builder: CorpusBuilder, parts: list[Part], missing: list[str]) -
 def _run_filters(builder: CorpusBuilder, parts: list[Part]) -> tuple[Path, Records]:
     """Train the quality classifiers, then filter all parts; return the stage's folder and records."""
     recipe = builder.recipe
-    plan = hashlib.sha256(repr(parts).encode()).hexdigest()
+    parts_digest = hashlib.sha256(repr(parts).encode()).hexdigest()
     text = text_tables(recipe)
     numbers = tuple(i for i, config in enumerate(recipe.filters) if isinstance(config, QualityFilter))
-    trained = builder.folder("train-quality", plan, text)
+    trained = builder.folder("train-quality", parts_digest, text)
     builder.run(ClassifierStage(recipe, tuple(parts), numbers, trained), len(numbers))
     classifiers = {number: trained / f"quality-{number}.bin" for number in numbers}
     evaluation_digests = {name: _digest_set(config.path) for name, config in recipe.evaluation.items()}
-    folder = builder.folder("filter", plan, text, evaluation_digests)
+    folder = builder.folder("filter", parts_digest, text, evaluation_digests)
     inputs = _describe_inputs(recipe, parts, classifiers, evaluation_digests)
     reuse_parts(folder, inputs, sorted(set(folder.parent.glob("filter-*")) - {folder}))
     return folder, builder.run(FilterStage(recipe, tuple(parts), classifiers, inputs, folder), len(parts))
@@ -198,7 +198,7 @@ def _describe_inputs(
 ) -> tuple[str, ...]:
     """Return for every part of the filter stage a digest of its files and of the fields that concern its component.
 
-    The digested string has the form and the names of version 1.0.
+    The digested string has the format and the names of version 1.0, so that parts filtered by that version are reused.
     """
     text = text_tables(recipe)
     common = repr([VERSION, text["corpus"], text["heldout"], text["evaluation"], evaluation_digests])
@@ -207,30 +207,31 @@ def _describe_inputs(
         configs = filters_for(recipe, part.component)
         filters = ", ".join(f"({number}, {identify_filter(config)})" for number, config in configs)
         models = [classifiers[number].parent.name for number, _ in configs if number in classifiers]
-        own = f"[{part!r}, {text['components'][part.component]!r}, [{filters}], {models!r}]"
-        inputs.append(hashlib.sha256(f"[{own}, {common}]".encode()).hexdigest()[:32])
+        part_fields = f"[{part!r}, {text['components'][part.component]!r}, [{filters}], {models!r}]"
+        inputs.append(hashlib.sha256(f"[{part_fields}, {common}]".encode()).hexdigest()[:32])
     return tuple(inputs)
 
 
-def _sizes(recipe: Recipe, missing: list[str], filtered: Records, selected: Records) -> dict[str, int]:
-    """Return the bytes of training text of every component; raise CorpusError if one has none."""
-    sizes = {name: 0 for name in recipe.components if name not in missing}
+def _train_bytes(recipe: Recipe, missing: list[str], filtered: Records, selected: Records) -> dict[str, int]:
+    """Return the bytes of training text of every component; raise CorpusError if a component has no training text."""
+    train_bytes = {name: 0 for name in recipe.components if name not in missing}
     for record in selected:
-        sizes[record["component"]] += record["splits"]["train"]["bytes"]
-    for name in (name for name, size in sizes.items() if not size):
-        own = [record for record in filtered if record["component"] == name]
-        if any(record["raw"]["documents"] for record in own):
+        train_bytes[record["component"]] += record["splits"]["train"]["bytes"]
+    for name in (name for name, n_bytes in train_bytes.items() if not n_bytes):
+        component_records = [record for record in filtered if record["component"] == name]
+        if any(record["raw"]["documents"] for record in component_records):
             raise CorpusError(
                 f"component {name}: no training text is left after filtering and deduplication; `python "
                 f"scripts/inspect_corpus.py OUT --dropped --component {name}` prints the reasons; add {name} to "
                 "`exclude_components` of the filters that drop its documents, or remove the component"
             )
-        first = next((found[0] for record in own for found in record["bad_examples"].values()), "its files are empty")
+        errors = (messages[0] for record in component_records for messages in record["bad_examples"].values())
+        first = next(errors, "its files are empty")
         raise CorpusError(
             f"component {name}: none of its documents could be read; first error: {first}; correct "
             f"components.{name}.paths or the files, or remove the component"
         )
-    return sizes
+    return train_bytes
 
 
 def _plan_shards(records: Records) -> tuple[tuple[str, tuple[str, ...], int], ...]:
@@ -238,23 +239,25 @@ def _plan_shards(records: Records) -> tuple[tuple[str, tuple[str, ...], int], ..
     train = tuple(run for record in records for run in record["train_runs"])
     shards = [("train", train, sum(record["train"]["copied_tokens"] for record in records))]
     for component in dict.fromkeys(record["component"] for record in records):
-        own = [record for record in records if record["component"] == component]
-        if runs := tuple(run for record in own for run in record["heldout_runs"]):
-            shards.append((f"heldout-{component}", runs, sum(record["heldout"]["tokens"] for record in own)))
+        component_records = [record for record in records if record["component"] == component]
+        if runs := tuple(run for record in component_records for run in record["heldout_runs"]):
+            shards.append(
+                (f"heldout-{component}", runs, sum(record["heldout"]["tokens"] for record in component_records))
+            )
     return tuple(shards)
 
 
 def _digest_set(path: str) -> str:
-    """Return the digests of the files of an evaluation set."""
+    """Return the digests of the files of an evaluation set, joined by commas."""
     root = Path(os.path.expanduser(path))
     files = sorted(file for file in root.rglob("*") if file.is_file()) if root.is_dir() else [root]
     return ",".join(digest_file(file) for file in files if file.is_file())
 
 
 def _manifest(recipe: Recipe, filtered: Records, selected: Records, shards: Path) -> dict[str, Any]:
-    """Return the recipe and the digests of all inputs and outputs."""
-    outputs = {f"documents/{name}": found for record in selected for name, found in record["outputs"].items()}
-    outputs = {name: found for name, found in outputs.items() if name.split("/")[1] in SPLITS}
+    """Return the content of manifest.json: the recipe and the digests of all inputs and outputs."""
+    outputs = {f"documents/{name}": output for record in selected for name, output in record["outputs"].items()}
+    outputs = {name: output for name, output in outputs.items() if name.split("/")[1] in SPLITS}
     for path in sorted(shards.glob("*.bin")) + sorted(shards.glob("*.idx")):
         outputs[f"tokens/{path.name}"] = {"size": path.stat().st_size, "digest": digest_file(path)}
     inputs = {name: digest for record in filtered for name, digest in record["source_digests"].items()}
@@ -268,7 +271,7 @@ def _manifest(recipe: Recipe, filtered: Records, selected: Records, shards: Path
 
 
 def _publish(stage: Path, target: Path, folders: tuple[str, ...]) -> None:
-    """Replace `target` by the given folders of a stage, as hard links where the file system supports them."""
+    """Replace `target` by the given folders of `stage`; files are hard links where the file system supports them."""
     fresh = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(fresh, ignore_errors=True)
     for folder in folders:

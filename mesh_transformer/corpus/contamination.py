@@ -26,18 +26,18 @@ class ContaminationIndex:
 
     def __init__(self, config: DecontaminateFilter, sets: dict[str, EvaluationConfig]):
         self.config = config
-        self.owners: dict[int, str] = {}  # hash of an n-gram -> an evaluation set that contains it
+        self.set_names: dict[int, str] = {}  # hash of an n-gram -> an evaluation set that contains it
         for name, evaluation in sets.items():
             counts: Counter[int] = Counter()
             for text in _read_texts(name, evaluation):
                 counts.update({gram for gram, _, _ in self._grams(text)})
-            self.owners.update({gram: name for gram, count in counts.items() if count <= config.max_ngram_documents})
+            self.set_names.update({gram: name for gram, count in counts.items() if count <= config.max_ngram_documents})
 
     def _grams(self, text: str) -> Iterator[tuple[int, int, int]]:
-        """Yield hash, start and end offset of every n-gram; a text of 8 to n words is one n-gram, a shorter one has none."""
+        """Yield hash, start and end offset of every n-gram; a text of 8 to n words is one n-gram, a shorter text has none."""
         words = [(match.group().lower(), match.start(), match.end()) for match in _WORD.finditer(text)]
         n = min(self.config.n_gram, len(words))
-        if n < 8:  # the smallest n of GPT-3: shorter texts match everywhere
+        if n < 8:  # the smallest n of GPT-3: shorter n-grams occur in unrelated texts
             return
         for i in range(len(words) - n + 1):
             gram = " ".join(word for word, _, _ in words[i : i + n])
@@ -46,7 +46,9 @@ class ContaminationIndex:
     def decontaminate(self, document: Document) -> str:
         """Cut overlaps out of a document; return the reason to drop it, or ""."""
         hits = [
-            (start, end, self.owners[gram]) for gram, start, end in self._grams(document.text) if gram in self.owners
+            (start, end, self.set_names[gram])
+            for gram, start, end in self._grams(document.text)
+            if gram in self.set_names
         ]
         if not hits:
             return ""
@@ -71,7 +73,7 @@ class ContaminationIndex:
 
 
 def _read_texts(name: str, config: EvaluationConfig) -> Iterator[str]:
-    """Yield every example of an evaluation set as one text: its fields, and the entries of lists, are joined."""
+    """Yield every example of an evaluation set as one text: the joined fields of a line of JSON, or a paragraph of text."""
     count = 0
     for file in find_files(config.path):
         if file.suffix in (".jsonl", ".json"):

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Run the parts of a stage on a Ray cluster or on Slurm by DataTrove's executors; stages.py checks completeness.
+"""Run the parts of a stage on a Ray cluster or on Slurm with DataTrove's executors; stages.py checks completeness.
 
 Every node must see the output folder and the sources under the same paths. DataTrove's Slurm executor only submits;
 this module waits for the job, and cancels it if the build is stopped. The next build cancels a job that outlived a
@@ -20,7 +20,7 @@ from datatrove.executor import SlurmPipelineExecutor
 from mesh_transformer.data.errors import DataError
 from mesh_transformer.storage.atomic_files import replace_file
 
-GB_PER_TASK = 2  # memory to reserve for a part
+GB_PER_TASK = 2  # memory to reserve for a part, in gigabytes
 POLL_SECONDS = 2.0
 
 
@@ -31,7 +31,7 @@ class Slurm(NamedTuple):
     options: dict[str, str]  # without --, for example time, account, qos, mem-per-cpu
 
 
-class _Job(SlurmPipelineExecutor):
+class _SlurmExecutor(SlurmPipelineExecutor):
     """Slurm executor without DataTrove's job that merges logs, which would wait forever after a failed part."""
 
     def launch_merge_stats(self) -> None:
@@ -55,11 +55,14 @@ def run_on_ray(pipeline: list[Any], tasks: int, folder: Path, workers: int, addr
 
 
 def run_on_slurm(pipeline: list[Any], tasks: int, folder: Path, workers: int, slurm: Slurm) -> None:
-    """Submit a job array of at most `workers` parts at once and wait for its end; raise DataError if it is rejected."""
+    """Submit a job array that runs at most `workers` parts at once, and wait for its end.
+
+    Raises DataError if Slurm rejects the job.
+    """
     job_file = folder / "slurm-job"
     if job_file.is_file():
         _cancel(job_file.read_text(encoding="utf-8"))
-    job = _Job(
+    executor = _SlurmExecutor(
         pipeline=pipeline,
         tasks=tasks,
         time=slurm.options.get("time", "24:00:00"),
@@ -73,7 +76,7 @@ def run_on_slurm(pipeline: list[Any], tasks: int, folder: Path, workers: int, sl
         logging_dir=str(folder / "log"),
     )
     try:
-        job.launch_job()
+        executor.launch_job()
     except FileNotFoundError:
         raise DataError(
             f"--slurm {slurm.partition}: sbatch is not installed; run this command on a machine that can submit jobs"
@@ -83,31 +86,31 @@ def run_on_slurm(pipeline: list[Any], tasks: int, folder: Path, workers: int, sl
             f"--slurm {slurm.partition}: sbatch failed with status {error.returncode}; see its output above, and correct --slurm "
             "or --slurm-option"
         ) from None
-    if job.job_id == -1:  # all parts are complete
+    if executor.job_id == -1:  # all parts are complete
         return
-    number = str(job.job_id)
-    replace_file(job_file, number.encode())
+    job_id = str(executor.job_id)
+    replace_file(job_file, job_id.encode())
     try:
-        while _is_queued(number):
+        while _is_queued(job_id):
             time.sleep(POLL_SECONDS)
     except BaseException:
-        _cancel(number)
+        _cancel(job_id)
         raise
     job_file.unlink()
 
 
-def _is_queued(number: str) -> bool:
-    """Return whether any part of a job is waiting or running; also True while Slurm does not respond."""
+def _is_queued(job_id: str) -> bool:
+    """Return whether any part of a job is waiting or running; True also while Slurm does not respond."""
     environment = os.environ | {"LC_ALL": "C"}
-    command = ["squeue", "--noheader", "--jobs", number, "--format", "%T"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        return "Invalid job id" not in done.stderr
-    return bool(done.stdout.strip())
+    command = ["squeue", "--noheader", "--jobs", job_id, "--format", "%T"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if result.returncode:
+        return "Invalid job id" not in result.stderr
+    return bool(result.stdout.strip())
 
 
-def _cancel(number: str) -> None:
+def _cancel(job_id: str) -> None:
     """Cancel a job and wait until it has ended, since the next job writes the same files."""
-    subprocess.run(["scancel", number], capture_output=True, check=False)
-    while _is_queued(number):
+    subprocess.run(["scancel", job_id], capture_output=True, check=False)
+    while _is_queued(job_id):
         time.sleep(POLL_SECONDS)

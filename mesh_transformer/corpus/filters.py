@@ -30,11 +30,11 @@ from mesh_transformer.corpus.quality import load_classifier
 from mesh_transformer.corpus.word_tokenizer import WORDS
 
 FilterFn = Callable[[Document], str]
-ADDRESS = 320  # maximum characters of an e-mail address, 64 before the @
+MAX_ADDRESS_CHARACTERS = 320  # of an e-mail address; 64 of them before the @
 
 
 def make_filters(recipe: r.Recipe, component: str, classifiers: dict[int, Path]) -> list[tuple[str, FilterFn]]:
-    """Return name and function of every filter of a component; `classifiers` maps numbers of quality filters to models."""
+    """Return (name, function) of every filter of a component; `classifiers` maps numbers of quality filters to model files."""
     filters: list[tuple[str, FilterFn]] = []
     if min_bytes := recipe.components[component].min_bytes:
         filters.append(("min_bytes", _length(r.LengthFilter(kind="length", min_bytes=min_bytes), recipe, None)))
@@ -70,11 +70,11 @@ def _mask_pii(config: r.MaskPIIFilter, recipe: r.Recipe, model: Path | None) -> 
     def apply(document: Document) -> str:
         text = document.text
         spans: list[str] = []
-        done = 0
+        position = 0
         for start, end in _around_at_signs(text):
-            spans += [text[done:start], block.emails_replacer.replace(text[start:end])]
-            done = end
-        document.text = block.format("".join([*spans, text[done:]]) if spans else text)
+            spans += [text[position:start], block.emails_replacer.replace(text[start:end])]
+            position = end
+        document.text = block.format("".join([*spans, text[position:]]) if spans else text)
         return ""
 
     return apply
@@ -86,11 +86,11 @@ def _around_at_signs(text: str) -> Iterator[tuple[int, int]]:
     end = -1
     at = text.find("@")
     while at >= 0:
-        if end < at - ADDRESS:
+        if end < at - MAX_ADDRESS_CHARACTERS:
             if end > 0:
                 yield start, end
-            start = max(at - ADDRESS, 0)
-        end = min(at + ADDRESS, len(text))
+            start = max(at - MAX_ADDRESS_CHARACTERS, 0)
+        end = min(at + MAX_ADDRESS_CHARACTERS, len(text))
         at = text.find("@", at + 1)
     if end > 0:
         yield start, end
@@ -98,10 +98,10 @@ def _around_at_signs(text: str) -> Iterator[tuple[int, int]]:
 
 def _length(config: r.LengthFilter, recipe: r.Recipe, model: Path | None) -> FilterFn:
     def apply(document: Document) -> str:
-        size = len(document.text.encode())
-        if size < config.min_bytes:
+        n_bytes = len(document.text.encode())
+        if n_bytes < config.min_bytes:
             return f"under {config.min_bytes} bytes"
-        return f"over {config.max_bytes} bytes" if config.max_bytes and size > config.max_bytes else ""
+        return f"over {config.max_bytes} bytes" if config.max_bytes and n_bytes > config.max_bytes else ""
 
     return apply
 
@@ -173,7 +173,7 @@ def _fineweb(config: r.FineWebFilter, recipe: r.Recipe, model: Path | None) -> F
 
 
 _WORDS: Any = WORDS  # DataTrove's parameter is typed as a language name, but also accepts a tokenizer
-# Kind -> function of the filter's configuration, the recipe, and the model of a quality filter.
+# Kind -> factory, a function of the filter's configuration, the recipe, and the model file of a quality filter.
 FILTERS: dict[str, Callable[[Any, r.Recipe, Path | None], FilterFn]] = {
     "repair": _repair,
     "length": _length,

@@ -14,7 +14,7 @@ from typing import Any
 
 from pylatexenc import latex2text, latexwalker
 
-logging.getLogger("pylatexenc").setLevel(logging.ERROR)  # otherwise it logs damage in documents to the terminal
+logging.getLogger("pylatexenc").setLevel(logging.ERROR)  # otherwise pylatexenc logs errors in documents to the terminal
 
 _SPACE = re.compile(r"\s*")
 _ENVIRONMENT = re.compile(r"\\(begin|end)\s*\{([\w* ._-]+)\}")
@@ -24,8 +24,9 @@ _MARKUP = "\\%{}$"  # each of these characters begins a new token
 def nodes_to_text(source: str) -> str:
     """Return the text of LaTeX source with formulas unchanged; raise pylatexenc's errors for invalid source."""
     nodes, _, _ = _RunWalker(source, latex_context=_context(), tolerant_parsing=True).get_latex_nodes()
+    # Each document needs a new writer, because a writer stores the title.
     writer = latex2text.LatexNodes2Text(_text_context(), math_mode="verbatim", strict_latex_spaces=False)
-    return writer.nodelist_to_text(nodes)  # a new instance each time, since it stores the title
+    return writer.nodelist_to_text(nodes)
 
 
 @functools.cache
@@ -43,9 +44,9 @@ def _text_context() -> Any:
 
 
 def _make_title(node: Any, l2tobj: Any) -> str:
-    """Return title, author and date as far as they are given, one per line."""
-    found = [getattr(l2tobj, f"_doc_{name}", "") for name in ("title", "author", "date")]
-    return "".join(f"{line}\n" for line in found if line) + "\n"
+    """Return the title, author and date, one per line, without fields that the document lacks."""
+    lines = [getattr(l2tobj, f"_doc_{name}", "") for name in ("title", "author", "date")]
+    return "".join(f"{line}\n" for line in lines if line) + "\n"
 
 
 @functools.cache
@@ -53,10 +54,10 @@ def _run_pattern(braces: str) -> re.Pattern[str]:
     """Return the pattern of plain characters, spaces and paragraph breaks, without trailing spaces."""
     specials = {chars for category in _context().d.values() for chars in category["specials"]}
     markup = re.escape(_MARKUP + braces)
-    begins = re.escape("".join(sorted({chars[0] for chars in specials})))
-    no_special = f"(?!{'|'.join(map(re.escape, sorted(specials)))})[{begins}]"
+    first_chars = re.escape("".join(sorted({chars[0] for chars in specials})))
+    no_special = f"(?!{'|'.join(map(re.escape, sorted(specials)))})[{first_chars}]"
     spaces = r"[^\S\n]*+(?:\n(?!\n)[^\S\n]*+)*+"
-    return re.compile(rf"(?:{spaces}(?:\n\n|[^\s{markup}{begins}]++|{no_special}))++")
+    return re.compile(rf"(?:{spaces}(?:\n\n|[^\s{markup}{first_chars}]++|{no_special}))++")
 
 
 class _RunWalker(latexwalker.LatexWalker):
@@ -77,9 +78,11 @@ class _RunWalker(latexwalker.LatexWalker):
                 return latexwalker.LatexToken("char", run.group(), pos, run.end() - pos, "")
             space = _SPACE.match(self.s, pos)
             assert space is not None, "the pattern matches the empty string"
-            found = _ENVIRONMENT.match(self.s, space.end())
-            if found and "\n\n" not in space.group():
-                kind = f"{found[1]}_environment"
-                return latexwalker.LatexToken(kind, found[2], found.start(), len(found[0]), space.group())
+            environment = _ENVIRONMENT.match(self.s, space.end())
+            if environment and "\n\n" not in space.group():
+                kind = f"{environment[1]}_environment"
+                return latexwalker.LatexToken(
+                    kind, environment[2], environment.start(), len(environment[0]), space.group()
+                )
         rest |= {"include_brace_chars": include_brace_chars, "environments": environments}
         return super().get_token(pos, parsing_state=parsing_state, **rest)

@@ -38,9 +38,9 @@ def latex_to_text(source: str) -> str:
     try:
         text = nodes_to_text(body)
     except (LatexWalkerError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
-        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]  # pylatexenc does not document its errors
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]  # pylatexenc does not document its errors
         raise DocumentError(
-            "broken LaTeX", f"pylatexenc cannot parse the LaTeX ({why}); correct or exclude it"
+            "broken LaTeX", f"pylatexenc cannot parse the LaTeX ({reason}); correct or exclude it"
         ) from None
     return _squeeze(text)
 
@@ -61,6 +61,7 @@ _ROFF_ESCAPE = re.compile(
 _ROFF_FONTS = {"B", "I", "R", "SM", "SB", "BR", "RB", "BI", "IB", "IR", "RI"}
 _ROFF_HEADINGS = {"SH", "SS", "Sh", "Ss"}
 _ROFF_BREAKS = {"PP", "P", "LP", "TP", "IP", "HP", "TQ", "RS", "RE", "sp", "br", "Pp", "It", "Bl", "El", "UE"}
+# Macro of mdoc -> format of its arguments.
 _MDOC = {
     "Ar": "{}", "Nm": "{}", "Cm": "{}", "Pa": "{}", "Ql": "{}", "Xr": "{}", "Em": "{}", "Sy": "{}", "Li": "{}", "Va": "{}",
     "Fn": "{}", "Ev": "{}", "Dv": "{}", "Er": "{}", "Ic": "{}", "Vt": "{}", "Ft": "{}", "Fa": "{}", "Dl": "{}", "D1": "{}",
@@ -140,6 +141,7 @@ def _fill(lines: list[str]) -> str:
 
 _RST_ROLE = re.compile(r":[\w:.+-]{1,80}:`(?:~|!)?([^`<]*?)\s*(?:<[^`>]*>)?`")
 _RST_LINK = re.compile(r"`([^`<]+?)\s*<[^`>]*>`__?")
+# Directives whose body is retained.
 _RST_SHOWN = re.compile(
     r"^\s*\.\. (?:(?:c|py|cpp|js|std):)?(?:note|warning|tip|seealso|versionadded|versionchanged|deprecated|function|class|method|"
     r"module|data|attribute|exception|decorator|option|describe|code|code-block|sourcecode|rubric|admonition|important|"
@@ -170,7 +172,7 @@ def rst_to_text(source: str) -> str:
     return _squeeze("\n".join(lines))
 
 
-INFO_MARK = re.compile(rb"\0\x08\[[^\0]*\0\x08\]")  # around indexes and images
+INFO_MARK = re.compile(rb"\0\x08\[[^\0]*\0\x08\]")  # marker of an index or image
 _INFO_MENU = re.compile(r"^\* .*?::?.*\n(?:[ \t]{8,}\S.*\n)*", re.MULTILINE)
 
 
@@ -182,7 +184,7 @@ def info_to_text(source: str) -> str:
 
 
 def mail_to_text(data: bytes) -> str:
-    """Return subject and body of a mail message, plain text before HTML; raise DocumentError if no part is text."""
+    """Return subject and body (plain text if it has any, else HTML) of a mail message; raise DocumentError without text."""
     message = email.message_from_bytes(data, policy=email.policy.default)
     assert isinstance(message, EmailMessage)
     try:
@@ -204,6 +206,7 @@ def _squeeze(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", re.sub(r"(?<![ \t])[ \t]+\n", "\n", text)).strip()
 
 
+# Kind of a component -> function from a file's source to its text.
 TO_TEXT: dict[str, Callable[[str], str]] = {
     "html": html_to_text,
     "latex": latex_to_text,

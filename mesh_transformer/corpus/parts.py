@@ -15,7 +15,7 @@ import zstandard
 from mesh_transformer.data.compression import read_chunks, split_lines
 from mesh_transformer.data.errors import DataError, DocumentError
 
-LEVEL = 3  # of compression, as in The Pile
+COMPRESSION_LEVEL = 3  # of Zstandard, as in The Pile
 
 
 class PartWriter:
@@ -32,7 +32,7 @@ class PartWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._temporary = path.with_name(f".{path.name}.tmp")  # a fixed name: the next attempt overwrites it
         self._file = open(self._temporary, "wb")  # noqa: SIM115 (closed in __exit__)
-        self._zstd = zstandard.ZstdCompressor(level=LEVEL, write_checksum=True).compressobj()
+        self._zstd = zstandard.ZstdCompressor(level=COMPRESSION_LEVEL, write_checksum=True).compressobj()
         self._hash = xxhash.xxh3_128()
 
     def add(self, text: str, name: str, meta: dict[str, Any]) -> None:
@@ -72,7 +72,7 @@ class PartWriter:
 
 
 def read_documents(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the documents of a file that PartWriter wrote; raise DataError if it is missing or truncated."""
+    """Yield the documents of a file that PartWriter wrote; raise DataError if the file is missing or truncated."""
     try:
         for line in split_lines(read_chunks(path, ".zst")):
             yield json.loads(line)

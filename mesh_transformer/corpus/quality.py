@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The Pile's quality classifier: linear in word 2-grams, trained on components of the corpus (appendix C and its code).
+"""The Pile's quality classifier: linear in word 2-grams, trained on components of the corpus (the paper's appendix C and code).
 
-The Pile used fastText. Its Python package was not deterministic, even with one thread and a fixed seed, and sometimes
-stopped at a NaN. Logistic regression of scikit-learn over hashed 1- and 2-grams is linear as well, and deterministic.
+The Pile used fastText. The Python package of fastText was not deterministic, even with one thread and a fixed seed, and
+sometimes stopped at a NaN. Logistic regression of scikit-learn over hashed 1- and 2-grams is also linear, and deterministic.
 """
 
 import random
@@ -19,10 +19,10 @@ from mesh_transformer.corpus.markup import install_hint
 from mesh_transformer.data.errors import DataError
 from mesh_transformer.storage.atomic_files import replace_file
 
-# The classifier sees the last VIEW_CHARACTERS of the first PREFIX_CHARACTERS.
+# The classifier reads the last VIEW_CHARACTERS of the first PREFIX_CHARACTERS of a text.
 PREFIX_CHARACTERS = 4000
 VIEW_CHARACTERS = 1500
-MIN_CHARACTERS = 100  # shorter training texts are left out
+MIN_CHARACTERS = 100  # shorter training texts are excluded
 FEATURES = 1 << 18  # buckets of the hashed 1- and 2-grams
 
 
@@ -39,7 +39,7 @@ def _vectorizer() -> Any:
 
 
 def sample_texts(texts: Iterable[str], count: int, seed: int) -> list[str]:
-    """Return a uniform sample of at most `count` texts (reservoir sampling), the same for the same seed."""
+    """Return a uniform sample of at most `count` texts (reservoir sampling), determined by the seed."""
     rng = random.Random(xxhash.xxh3_64_intdigest(f"{seed}:sample".encode()))
     sampled: list[str] = []
     for number, text in enumerate(texts):
@@ -71,7 +71,7 @@ def train_classifier(positives: list[str], negatives: list[str], path: Path, see
 
 
 def load_classifier(path: Path) -> Callable[[str], float]:
-    """Return a function from a text to the probability that it belongs to the positives."""
+    """Return a function that computes the probability that a text belongs to the positives."""
     vectorizer = _vectorizer()
     weights = np.fromfile(path, np.float32)
 

@@ -54,7 +54,7 @@ class ComponentConfig:
     exclude: Names = ()  # patterns of full paths to leave out
     license: str
     consent: str = ""  # whether authors and hosts agreed, as far as is known
-    origin: str = ""  # where to download it today, or that it is no longer available
+    origin: str = ""  # where the files can be downloaded, or a note that they are no longer available
     optional: bool = False  # true: a component without files is reported and left out instead of being an error
     text_key: str = "text"  # field or column of JSON lines and Parquet
     encoding: str = (
@@ -64,7 +64,7 @@ class ComponentConfig:
     min_bytes: NonNegativeInt = 0  # a shorter document is dropped
     # copies of every document in the mixture; a fraction is the share of documents with one more copy
     epochs: PositiveFloat = 1.0
-    weight: PositiveFloat | None = None  # instead of epochs: share of mixture.bytes, relative to the other weights
+    weight: PositiveFloat | None = None  # replaces epochs: share of mixture.bytes, relative to the other weights
     published: PublishedConfig | None = None  # figures of a paper, for comparison
 
 
@@ -72,13 +72,13 @@ class ComponentConfig:
 class FilterConfig:
     """Fields common to all entries of [[filters]]; filters run in the order of the file."""
 
-    components: Names = ()  # run on these only; empty: on all
-    exclude_components: Names = ()  # do not run on these
+    components: Names = ()  # components that the filter runs on; empty: all
+    exclude_components: Names = ()  # components that the filter does not run on
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RepairFilter(FilterConfig):
-    """Repair mojibake, control characters and the like by ftfy with DataTrove's options."""
+    """Repair mojibake and other damaged characters with ftfy and DataTrove's options."""
 
     kind: Literal["repair"]
 
@@ -163,7 +163,7 @@ class DecontaminateFilter(FilterConfig):
     action: Literal["cut", "drop"] = "cut"  # cut: the n-gram and `margin` characters on each side; drop: the document
     margin: NonNegativeInt = 200
     min_fragment: NonNegativeInt = 200  # characters; a shorter fragment between two cuts is removed as well
-    max_cuts: PositiveInt = 10  # a document with more is dropped
+    max_cuts: PositiveInt = 10  # a document with more cuts is dropped
     max_ngram_documents: PositiveInt = 10  # an n-gram in more evaluation documents is ignored as a common phrase
 
 
@@ -193,12 +193,12 @@ class EvaluationConfig:
 class HeldoutConfig:
     """Held-out documents, selected by a hash of their names before any other stage."""
 
-    one_in: NonNegativeInt = 1000  # about one document in this many is held out; 0: none
+    one_in: NonNegativeInt = 1000  # about one of `one_in` documents is held out; 0: none
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DuplicatesConfig:
-    """Deduplication: held-out documents are retained first, then the first in the order of the components."""
+    """Deduplication: of several duplicates, a held-out document is retained, or else the first by component and position."""
 
     exact: bool = True  # same text except for case and spaces
     # MinHash with bands x rows hashes. pile: 3 x 3, the split of The Pile's 10 hashes that datasketch finds for similarity 0.5
@@ -207,7 +207,8 @@ class DuplicatesConfig:
     rows: PositiveInt = 8  # hashes in a band if near = "custom"
     n_gram: PositiveInt = 5  # words in a shingle
     across_components: bool = True  # false: only within each component
-    components: Names = ()  # remove duplicates from these only, and copies of held-out text from all; empty: all
+    # components from which duplicates are removed; empty: all. Copies of held-out text are removed from all components
+    components: Names = ()
 
     @property
     def bands_and_rows(self) -> tuple[int, int]:
@@ -219,7 +220,7 @@ class DuplicatesConfig:
 class LinesConfig:
     """Removal of lines that recur in many documents, such as menus and license headers."""
 
-    # a line in at least this many training documents is removed from all; 0: disabled
+    # a line that occurs in at least `min_documents` training documents is removed from all documents; 0: disabled
     min_documents: NonNegativeInt = 0
     min_characters: PositiveInt = 30  # shorter lines are retained
 
@@ -228,7 +229,7 @@ class LinesConfig:
 class MixtureConfig:
     """Size of the training mixture."""
 
-    bytes: PositiveInt | None = None  # of text; required where components have weights
+    bytes: PositiveInt | None = None  # bytes of text in the mixture; required if components have weights
     max_epochs: PositiveFloat = 4.0  # limit on the epochs that a weight may require
 
 
@@ -245,12 +246,12 @@ class DatasheetConfig:
 
     made_by: str = ""
     paid_by: str = ""
-    timeframe: str = ""  # of the texts, and of collecting them
+    timeframe: str = ""  # when the texts were written, and when they were collected
     people: str = ""  # who is named or identifiable, and which information is sensitive
-    review: str = ""  # ethical review, and effects on authors and on people who are named
+    review: str = ""  # ethical review; effects on authors and on people who are named
     used_for: str = ""
     not_for: str = ""
-    given_to: str = ""  # who receives it, how and under which terms
+    given_to: str = ""  # who receives the corpus, how and under which terms
     kept_by: str = ""  # contact, how errors are corrected, whether there will be other versions
 
 
@@ -326,7 +327,7 @@ def _referenced_names(config: Filter, recipe: Recipe) -> list[tuple[str, list[st
 
 
 def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
-    """Read a recipe file and merge in "section.field=value" overrides; raise ConfigError with a line per mistake."""
+    """Read a recipe file and merge in "section.field=value" overrides; raise ConfigError with one line for each error."""
     path = Path(path)
     table = read_toml(path, overrides)
     if renamed := find_renamed(table, RECIPE):
@@ -348,21 +349,21 @@ def filters_for(recipe: Recipe, component: str) -> list[tuple[int, Filter]]:
     ]
 
 
-def resolve_epochs(recipe: Recipe, sizes: dict[str, int]) -> dict[str, float]:
+def resolve_epochs(recipe: Recipe, train_bytes: dict[str, int]) -> dict[str, float]:
     """Return the epochs of every component, given the bytes of its training text.
 
     Raises ConfigError if a weight needs more than mixture.max_epochs.
     """
     if recipe.mixture.bytes is None:
-        return {name: recipe.components[name].epochs for name in sizes}
-    weights = {name: recipe.components[name].weight or 0.0 for name in sizes}
+        return {name: recipe.components[name].epochs for name in train_bytes}
+    weights = {name: recipe.components[name].weight or 0.0 for name in train_bytes}
     epochs = {}
-    for name, size in sizes.items():
+    for name, n_bytes in train_bytes.items():
         target = weights[name] / math.fsum(weights.values()) * recipe.mixture.bytes
-        epochs[name] = target / size
+        epochs[name] = target / n_bytes
         if epochs[name] > recipe.mixture.max_epochs:
             raise ConfigError(
-                f"components.{name}.weight = {weights[name]} requires {target / 1e6:.1f} MB, but only {size / 1e6:.1f} MB "
+                f"components.{name}.weight = {weights[name]} requires {target / 1e6:.1f} MB, but only {n_bytes / 1e6:.1f} MB "
                 f"remain after filtering: {epochs[name]:.1f} epochs, more than mixture.max_epochs = "
                 f"{recipe.mixture.max_epochs}; lower the weight or mixture.bytes, or add sources"
             )
@@ -370,7 +371,7 @@ def resolve_epochs(recipe: Recipe, sizes: dict[str, int]) -> dict[str, float]:
 
 
 def section_tables(recipe: Recipe, *sections: str) -> dict[str, Any]:
-    """Return the plain values of some sections, to identify stages that depend on these sections only."""
+    """Return the plain values of some sections, to identify the stages that depend on only these sections."""
     table = config_to_dict(recipe)
     known = {field.name for field in dataclasses.fields(Recipe)}
     assert set(sections) <= known, sections
@@ -378,9 +379,9 @@ def section_tables(recipe: Recipe, *sections: str) -> dict[str, Any]:
 
 
 def text_tables(recipe: Recipe) -> dict[str, Any]:
-    """Return the fields that the filtered text depends on, under their names of version 1.0.
+    """Return the fields that the filtered text depends on, with the field names of version 1.0.
 
-    Descriptions of the sources, and the epochs and weights of the mixture, are left out.
+    Descriptions of the sources, and the epochs and weights of the mixture, are excluded.
     """
     descriptive = ("name", "about", "gaps", "license", "consent", "origin", "optional", "published", "epochs", "weight")
     tables = section_tables(recipe, "corpus", "components", "heldout", "filters", "evaluation")
@@ -391,7 +392,7 @@ def text_tables(recipe: Recipe) -> dict[str, Any]:
 
 
 def identify_filter(config: Filter) -> str:
-    """Return the values of a filter as one string, under their names of version 1.0."""
+    """Return the values of a filter as one string, with the field names of version 1.0."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     stored = to_stored_names({"filters": {"0": values}})["steps"]["0"]
     fields = (f"{name}={value!r}" for name, value in zip(stored, values.values(), strict=True))

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recipe and datasheet keys that were renamed since version 1.0.
 
-Recipe files with an old name are rejected with the new one. Tables stored with a corpus (manifest.json, datasheet.json)
-are translated. The digests that identify the parts of a build are computed over the old names, so that parts made by
-version 1.0 are reused.
+A recipe file with an old key is rejected, and the error states the current key. Tables stored with a corpus
+(manifest.json, datasheet.json) are translated. The digests that identify the parts of a build are computed over the old
+names, so that parts made by version 1.0 are reused.
 """
 
 from collections.abc import Mapping
@@ -42,7 +42,7 @@ DATASHEET = Renames(
 
 
 def _inverse(renames: Renames) -> Renames:
-    """Return the translation from the current names to those of version 1.0."""
+    """Return the translation from the current names to the names of version 1.0."""
     sections = {name: path for path, name in renames.keys.items() if "." not in path}
     keys = {}
     for path, name in renames.keys.items():

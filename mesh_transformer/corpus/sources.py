@@ -27,9 +27,8 @@ MB = 1_000_000
 _COMPRESSED = {".gz": ".gz", ".dz": ".gz", ".zst": ".zst"}  # .dz: dictzip, which is gzip
 _LINES = (".jsonl", ".ndjson", ".json")
 
-Item = tuple[
-    int | None, str | DocumentError
-]  # number of the line, row, message or page (None: the whole file); text or error
+# (number of the line, row, message or page, or None for the whole file; its text or error)
+Item = tuple[int | None, str | DocumentError]
 
 
 class SourceFile(NamedTuple):
@@ -52,7 +51,7 @@ class ReadStats:
 
     def __init__(self) -> None:
         self.bad = SkippedDocuments()
-        self.decoded: Counter[str] = Counter()  # encoding -> files decoded from it
+        self.decoded: Counter[str] = Counter()  # encoding -> number of files decoded from it
         self.digests: dict[str, str] = {}
 
 
@@ -78,28 +77,28 @@ def find_parts(recipe: Recipe) -> tuple[list[Part], list[str]]:
     if not parts:
         raise DataError(
             f"no files match the paths of any component ({', '.join(missing)}); correct components.*.paths, or download the "
-            "files: components.*.origin states from where"
+            "files from the sources in components.*.origin"
         )
     return parts, missing
 
 
 def _find_files(name: str, component: ComponentConfig) -> list[SourceFile]:
-    found: dict[str, SourceFile] = {}
+    files: dict[str, SourceFile] = {}
     for pattern in component.paths:
         for path in sorted(_expand(name, component, pattern)):
-            real = os.path.realpath(path)  # a file with two links to it counts once
-            if real not in found and not any(fnmatch.fnmatch(path, one) for one in component.exclude):
+            real = os.path.realpath(path)  # a file that several links point to counts once
+            if real not in files and not any(fnmatch.fnmatch(path, excluded) for excluded in component.exclude):
                 if os.path.exists(path):
                     status = os.stat(path)
-                    found[real] = SourceFile(path, status.st_size, status.st_mtime_ns)
+                    files[real] = SourceFile(path, status.st_size, status.st_mtime_ns)
                 else:
-                    found[real] = SourceFile(path, 0, -1)
-    if not found and not component.optional:
+                    files[real] = SourceFile(path, 0, -1)
+    if not files and not component.optional:
         raise DataError(
             f"component {name}: no files match {', '.join(component.paths)}{_origin(component)}; correct "
             f"components.{name}.paths, or set components.{name}.optional = true"
         )
-    return list(found.values())
+    return list(files.values())
 
 
 def _expand(name: str, component: ComponentConfig, pattern: str) -> list[str]:
@@ -117,15 +116,15 @@ def _origin(component: ComponentConfig) -> str:
     return f"; origin: {component.origin}" if component.origin else ""
 
 
-def _group(files: list[SourceFile], size: int) -> Iterator[list[SourceFile]]:
+def _group(files: list[SourceFile], max_bytes: int) -> Iterator[list[SourceFile]]:
     group: list[SourceFile] = []
-    total = 0
+    n_bytes = 0
     for file in files:
-        if group and total + file.size > size:
+        if group and n_bytes + file.size > max_bytes:
             yield group
-            group, total = [], 0
+            group, n_bytes = [], 0
         group.append(file)
-        total += file.size
+        n_bytes += file.size
     if group:
         yield group
 
@@ -154,7 +153,7 @@ def read_part(part: Part, recipe: Recipe, stats: ReadStats) -> Iterator[Document
 
 
 def _read_source(file: SourceFile, component: ComponentConfig, limit: int, stats: ReadStats) -> Iterator[Item]:
-    """Yield texts and errors of a file; raise DataError if it changed since the build began."""
+    """Yield the texts and errors of a file; raise DataError if the file changed since the build began."""
     if file.changed < 0:
         yield None, DocumentError("broken link", "broken link; restore its target or exclude it")
         return
@@ -172,7 +171,7 @@ def _read_source(file: SourceFile, component: ComponentConfig, limit: int, stats
 
 
 def _find_damage(path: Path) -> DocumentError | None:
-    """Return the error of a damaged archive, which is read in full first, because its checksum is at the end.
+    """Return the error of a damaged archive. The archive is read in full first, because its checksum is at the end.
 
     A truncated archive is not an error here: the documents before the end are intact.
     """
@@ -220,10 +219,10 @@ def _read_file(file: Path, component: ComponentConfig, limit: int, stats: ReadSt
         yield None, _unreadable(error)
 
 
-def _too_long(what: str) -> DocumentError:
+def _too_long(length: str) -> DocumentError:
     return DocumentError(
         "too long",
-        f"{what} in one document: more than corpus.max_document_mb; split the document, or raise corpus.max_document_mb",
+        f"{length} in one document: more than corpus.max_document_mb; split the document, or raise corpus.max_document_mb",
     )
 
 
@@ -238,11 +237,11 @@ def _read_whole(file: Path, component: ComponentConfig, limit: int, stats: ReadS
         chunks.append(chunk)
         size += len(chunk)
         check_length(size)
-        if size > limit and not component.chunk_kb:  # a file that is split is not one document
+        if size > limit and not component.chunk_kb:  # with chunk_kb, the file is several documents
             raise _too_long(f"more than {limit:,} bytes")
     data = b"".join(chunks)
     del chunks  # so that at most two copies of a large file are in memory
-    if component.kind == "info":  # its image and index markers begin with a NUL byte
+    if component.kind == "info":  # markers of images and indexes in Info files begin with a NUL byte
         data = INFO_MARK.sub(b"", data)
     if b"\0" in data[:8192]:
         raise DocumentError("binary", "contains NUL bytes: a binary file, not text; exclude it")

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Second stage: find duplicate documents and recurring lines in the whole corpus, in bounded memory.
 
-Near duplicates use DataTrove's MinHash blocks: signatures by part, equal bands over all parts, clusters. Exact
+Near duplicates use DataTrove's MinHash blocks: signatures of each part, matches of each band in all parts, clusters. Exact
 duplicates and recurring lines use 64-bit hashes: every part writes its hashes sorted, and each task reads one range of
 hashes from all parts.
 """
@@ -30,11 +30,13 @@ from mesh_transformer.corpus.stage_filter import SPLIT_KEY
 from mesh_transformer.corpus.word_tokenizer import WORDS
 from mesh_transformer.data.errors import DataError
 
-RANGE_ENTRIES = 4_000_000  # hashes that one task sorts in memory
+RANGE_ENTRIES = 4_000_000  # approximate number of hashes that one task sorts in memory
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-HASH_CHARACTERS = 1 << 20  # length of the chunks in which a text is hashed
+HASH_CHARACTERS = 1 << 20  # characters of a text that are hashed at once
 _SPACE = re.compile(r"\s")
 SHINGLE_CHUNK = 1 << 13  # shingles hashed at once
+# Entries of stored arrays: a document with the hash of its text; a line with the number of documents that contain it; a
+# document to remove with the duplicate that is retained.
 EXACT = np.dtype([("hash", "<u8"), ("heldout", "u1"), ("document", "<u4")])
 LINE = np.dtype([("hash", "<u8"), ("documents", "<u4")])
 REMOVAL = np.dtype([("rank", "<u4"), ("document", "<u4"), ("kept_rank", "<u4"), ("kept_document", "<u4")])
@@ -45,7 +47,7 @@ def hash_text(text: str) -> int:
     digest = xxhash.xxh3_64()
     start = 0
     between = b""
-    while start < len(text):  # in chunks: the words of a long text need twelve times its size
+    while start < len(text):  # in chunks: the words of a long text need twelve times the memory of the text
         space = _SPACE.search(text, start + HASH_CHARACTERS)
         end = space.start() if space else len(text)
         words = " ".join(text[start:end].lower().split()).encode()
@@ -62,7 +64,7 @@ def hash_line(line: str) -> int:
 
 
 class BoundedSignature(MinhashDedupSignature):
-    """DataTrove's MinHash signatures, computed in chunks of shingles: a shingle needs 1.8 kB while it is hashed."""
+    """DataTrove's MinHash signatures, computed in chunks of shingles: hashing a shingle needs 1.8 kB of memory."""
 
     def get_shingles(self, text: str) -> np.ndarray:
         """Return the hash of every n-gram of words, [n-grams, 1]; each word is hashed once."""
@@ -115,8 +117,8 @@ class SignatureStage:
         else:
             for _ in documents:
                 pass
-        found = np.sort(np.array(exact, EXACT), order=["hash", "document"])
-        outputs |= _save(self.folder, f"exact/{rank:05d}.npy", found)
+        entries = np.sort(np.array(exact, EXACT), order=["hash", "document"])
+        outputs |= _save(self.folder, f"exact/{rank:05d}.npy", entries)
         hashes, counts = np.unique(np.concatenate([np.zeros(0, "<u8"), *lines]), return_counts=True)
         table = np.zeros(len(hashes), LINE)
         table["hash"], table["documents"] = hashes, counts
@@ -131,14 +133,16 @@ class SignatureStage:
             heldout = record["meta"][SPLIT_KEY] == "heldout"
             exact.append((hash_text(text), heldout, number))
             if config.min_documents and not heldout:
-                own = {hash_line(line) for line in text.split("\n") if len(line.strip()) >= config.min_characters}
-                lines.append(np.fromiter(own, "<u8", len(own)))
+                line_hashes = {
+                    hash_line(line) for line in text.split("\n") if len(line.strip()) >= config.min_characters
+                }
+                lines.append(np.fromiter(line_hashes, "<u8", len(line_hashes)))
             yield Document(text, record["id"])
 
 
 @dataclasses.dataclass(frozen=True)
 class BandMatchStage:
-    """Task: one band of all parts -> pairs/BAND_00.dups, the pairs of documents with equal hashes in it."""
+    """Task: one band of all parts -> pairs/BAND_00.dups, the pairs of documents with equal hashes in the band."""
 
     recipe: Recipe
     signed: Path
@@ -192,18 +196,18 @@ class ExactMatchStage:
         return {"outputs": outputs | _save(self.folder, f"repeated/{rank:05d}.npy", repeated)}
 
     def _slice(self, kind: str, dtype: np.dtype, rank: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return part number and entry of all entries in this range."""
+        """Return the part numbers and the entries of hash range `rank`."""
         low = (rank << 64) // self.ranges
         high = ((rank + 1) << 64) // self.ranges - 1
-        found = [np.zeros(0, dtype)]
-        owners = [np.zeros(0, np.int64)]
+        entries = [np.zeros(0, dtype)]
+        part_numbers = [np.zeros(0, np.int64)]
         for part in range(self.parts):
             table = np.load(self.signed / f"{kind}/{part:05d}.npy", mmap_mode="r")
             first = np.searchsorted(table["hash"], np.uint64(low), "left")
             last = np.searchsorted(table["hash"], np.uint64(high), "right")
-            found.append(np.array(table[first:last]))
-            owners.append(np.full(last - first, part))
-        return np.concatenate(owners), np.concatenate(found)
+            entries.append(np.array(table[first:last]))
+            part_numbers.append(np.full(last - first, part))
+        return np.concatenate(part_numbers), np.concatenate(entries)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +223,7 @@ class RemovalStage:
     folder: Path
 
     def __call__(self, rank: int) -> dict[str, Any]:
-        """Write the removals and return the record, with their counts by component of the removed and retained document."""
+        """Write the removals; return the record with their counts by (component of the removed, of the retained document)."""
         outputs = {}
         matrices = {}
         removed_before = np.zeros(0, np.uint64)
@@ -237,17 +241,17 @@ class RemovalStage:
         """Return the exact duplicates, [documents, 4]: group, part, document, and 1 if held out."""
         if not self.recipe.duplicates.exact:
             return np.zeros((0, 4), np.int64)
-        found = [np.zeros((0, 4), np.int64)]
+        members = [np.zeros((0, 4), np.int64)]
         base = 0
         for number in range(self.ranges):
             groups = np.load(self.equal / f"equal/{number:05d}.npy")
             groups[:, 0] += base
             base = int(groups[:, 0].max()) + 1 if len(groups) else base
-            found.append(groups)
-        return np.concatenate(found)
+            members.append(groups)
+        return np.concatenate(members)
 
     def _clusters(self) -> np.ndarray:
-        """Return the near duplicates by DataTrove's clusters, [documents, 4]: group, part, document, and 1 if held out."""
+        """Return the near duplicates in DataTrove's clusters, [documents, 4]: group, part, document, and 1 if held out."""
         if self.recipe.duplicates.near == "none":
             return np.zeros((0, 4), np.int64)
         folder = self.folder / "clusters"
@@ -256,24 +260,26 @@ class RemovalStage:
         )
         with contextlib.redirect_stderr(io.StringIO()):  # DataTrove's progress bar
             block.run(None, 0, 1)
-        found = [np.zeros((0, 4), np.int64)]
+        members = [np.zeros((0, 4), np.int64)]
         for part in range(len(self.components)):
             path = folder / f"{part:06d}.clusters"
             if path.is_file():
-                members = np.fromfile(path, "<u4").reshape(-1, 2).astype(np.int64)
+                part_members = np.fromfile(path, "<u4").reshape(-1, 2).astype(np.int64)
                 exact = np.load(self.signed / f"exact/{part:05d}.npy")
                 heldout = np.zeros(len(exact), np.int64)
                 heldout[exact["document"]] = exact["heldout"]
-                documents = members[:, 0]
-                found.append(
-                    np.column_stack([members[:, 1], np.full(len(members), part), documents, heldout[documents]])
+                documents = part_members[:, 0]
+                members.append(
+                    np.column_stack(
+                        [part_members[:, 1], np.full(len(part_members), part), documents, heldout[documents]]
+                    )
                 )
-        return np.concatenate(found)
+        return np.concatenate(members)
 
     def _find_removals(self, groups: np.ndarray) -> np.ndarray:
         """Return the documents to remove, each with the duplicate that is retained.
 
-        Held-out documents are retained first, then the first by part and number.
+        Of a group, a held-out document is retained, or else the first document by part and number.
         """
         if not len(groups):
             return np.zeros(0, REMOVAL)
@@ -284,21 +290,21 @@ class RemovalStage:
         if self.recipe.duplicates.across_components:
             component = np.zeros_like(component)
         kept = np.where(exempt, np.arange(len(groups)), _first_of(groups, component))
-        # Held-out text must not be trained on, whichever component it is from.
+        # Training text must not contain held-out text of any component.
         anywhere = _first_of(groups, np.zeros_like(component))
         leaks = (groups[:, 3] == 0) & (groups[anywhere, 3] == 1)
         kept = np.where(leaks, anywhere, kept)
-        gone = np.flatnonzero(kept != np.arange(len(groups)))
-        removals = np.zeros(len(gone), REMOVAL)
-        removals["rank"] = groups[gone, 1]
-        removals["document"] = groups[gone, 2]
-        removals["kept_rank"] = groups[kept[gone], 1]
-        removals["kept_document"] = groups[kept[gone], 2]
+        removed = np.flatnonzero(kept != np.arange(len(groups)))
+        removals = np.zeros(len(removed), REMOVAL)
+        removals["rank"] = groups[removed, 1]
+        removals["document"] = groups[removed, 2]
+        removals["kept_rank"] = groups[kept[removed], 1]
+        removals["kept_document"] = groups[kept[removed], 2]
         return np.sort(removals, order=["rank", "document"])
 
 
 def _sum_components(pairs: Counter[tuple[int, int]], components: tuple[str, ...]) -> list[list[Any]]:
-    """Return the counts of part pairs summed by component: removed from, retained in, count."""
+    """Return the counts of part pairs summed by component: (removed from, retained in, count)."""
     sums: Counter[tuple[str, str]] = Counter()
     for (rank, kept), count in pairs.items():
         sums[components[rank], components[kept]] += count
@@ -306,7 +312,7 @@ def _sum_components(pairs: Counter[tuple[int, int]], components: tuple[str, ...]
 
 
 def _first_of(groups: np.ndarray, component: np.ndarray) -> np.ndarray:
-    """Return for every entry the index of the entry to retain among those of its group and component."""
+    """Return for every entry the index of the entry to retain among the entries of the same group and component."""
     order = np.lexsort((groups[:, 2], groups[:, 1], -groups[:, 3], component, groups[:, 0]))
     keys = np.column_stack([groups[order, 0], component[order]])
     starts = np.r_[True, (keys[1:] != keys[:-1]).any(axis=1)]

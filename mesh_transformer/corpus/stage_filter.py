@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""First stage: read the documents of a part, assign each to a split, and run the filters of their component in order."""
+"""First stage: read the documents of a part, assign each to a split, and run the filters of its component in order."""
 
 import dataclasses
 import time
@@ -24,7 +24,7 @@ SPLIT_KEY = "side"  # metadata key of the split in filtered documents
 
 
 def split_of(name: str, recipe: Recipe) -> str:
-    """Return the split of a document, from its name alone: it does not change with other fields or with new documents."""
+    """Return the split of a document. The split depends on only the name and `one_in`, not on the text or other documents."""
     one_in = recipe.heldout.one_in
     return "heldout" if one_in and xxhash.xxh3_64_intdigest(f"heldout:{name}".encode()) % one_in == 0 else "train"
 
@@ -41,23 +41,23 @@ class FilterCounts:
         self.bytes_out = 0
         self.dropped: Counter[str] = Counter()
 
-    def run(self, function: FilterFn, document: Document, size: int) -> tuple[str, int]:
-        """Run the filter on a document of `size` bytes; return the reason to drop it, or "", and its new size."""
+    def run(self, function: FilterFn, document: Document, n_bytes: int) -> tuple[str, int]:
+        """Run the filter on a document of `n_bytes` bytes; return the reason to drop it, or "", and its new size in bytes."""
         before = document.text
         start = time.perf_counter()
         reason = function(document)
         self.seconds += time.perf_counter() - start
         self.documents_in += 1
-        self.bytes_in += size
+        self.bytes_in += n_bytes
         if not reason and not document.text.strip():
             reason = "nothing left"
         if reason:
             self.dropped[reason] += 1
-            return reason, size
-        size = size if document.text is before else len(document.text.encode())
+            return reason, n_bytes
+        n_bytes = n_bytes if document.text is before else len(document.text.encode())
         self.documents_out += 1
-        self.bytes_out += size
-        return "", size
+        self.bytes_out += n_bytes
+        return "", n_bytes
 
     def to_json(self) -> dict[str, Any]:
         """Return the counts; raise DataError if they do not add up."""
@@ -90,22 +90,22 @@ class FilterStage:
         kept_path = f"documents/{rank:05d}.jsonl.zst"
         dropped_path = f"dropped/{rank:05d}.jsonl.zst"
         with PartWriter(self.folder / kept_path) as kept, PartWriter(self.folder / dropped_path) as dropped:
-            for found in read_part(part, self.recipe, stats):
-                document = Document(found.text, found.name)
-                document.metadata[SPLIT_KEY] = split_of(found.name, self.recipe)
-                size = len(found.text.encode())
+            for source in read_part(part, self.recipe, stats):
+                document = Document(source.text, source.name)
+                document.metadata[SPLIT_KEY] = split_of(source.name, self.recipe)
+                n_bytes = len(source.text.encode())
                 raw["documents"] += 1
-                raw["bytes"] += size
+                raw["bytes"] += n_bytes
                 for count, (name, function) in zip(counts, filters, strict=True):
                     before = document.text
-                    reason, size = count.run(function, document, size)
+                    reason, n_bytes = count.run(function, document, n_bytes)
                     if reason:
-                        meta = {"component": part.component, "filter": name, "reason": reason, "bytes": size}
+                        meta = {"component": part.component, "filter": name, "reason": reason, "bytes": n_bytes}
                         dropped.add(before[:SAMPLE_CHARACTERS], document.id, meta)
                         break
                 else:
                     if "language" in document.metadata:
-                        languages[document.metadata["language"]] += size
+                        languages[document.metadata["language"]] += n_bytes
                     kept.add(document.text, document.id, {"pile_set_name": part.component, **document.metadata})
         return {
             "component": part.component,
@@ -143,7 +143,7 @@ class ClassifierStage:
         return {"outputs": {path.name: {"size": path.stat().st_size}}}
 
     def _sample(self, names: tuple[str, ...], count: int) -> list[str]:
-        """Sample training documents only, so that the classifier does not see held-out text."""
+        """Sample training documents only, so that the classifier is not trained on held-out text."""
         parts = [part for part in self.parts if part.component in names]
         texts = (
             document.text

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Last stages: repeat documents by the epochs of their component, shuffle them by a hash, and write token shards.
 
-The sort key of a copy of a document is a hash of seed, name and number of the copy, so the order is the same for any
-number of workers. This is an external merge sort: every part writes runs of tokens sorted by key, and the shard merges
-one range of keys after the other from all runs.
+The sort key of a copy of a document is a hash of the seed, the number of the copy and the name of the document, so the
+order is the same for any number of workers. This is an external merge sort: every part writes runs of tokens sorted by
+key, and the stage of the shards merges one range of keys after the other from all runs.
 """
 
 import dataclasses
@@ -24,7 +24,10 @@ from mesh_transformer.data.shards import ShardWriter, token_dtype
 from mesh_transformer.data.tokenizers import load_tokenizer
 
 TOKENS_PER_MB = 250_000  # maximum tokens of a run or of a key range, both held in memory, per MB of corpus.part_mb
-ENCODE_CHARACTERS = 250_000  # of text in one call of the tokenizer: more is no faster with one thread
+ENCODE_CHARACTERS = (
+    250_000  # characters of text in one call of the tokenizer: with one thread, longer calls are not faster
+)
+# Entry of a run's index: a document's sort key, first token and number of tokens.
 INDEX = np.dtype([("key", "<u8"), ("start", "<u8"), ("length", "<u4")])
 
 
@@ -56,10 +59,10 @@ class TokenizationStage:
                     keys = self._sort_keys(name, epochs) if split == "train" else [count["documents"]]
                     for key in keys:
                         run.add(key, tokens)
-                    size = len(text.encode())
-                    for field, value in (("documents", 1), ("tokens", len(tokens)), ("bytes", size)):
+                    n_bytes = len(text.encode())
+                    for field, value in (("documents", 1), ("tokens", len(tokens)), ("bytes", n_bytes)):
                         count[field] += value
-                    for field, value in (("copies", 1), ("copied_tokens", len(tokens)), ("copied_bytes", size)):
+                    for field, value in (("copies", 1), ("copied_tokens", len(tokens)), ("copied_bytes", n_bytes)):
                         count[field] += value * len(keys)
             record["outputs"] |= run.finish()
             record[split] = count
@@ -87,13 +90,13 @@ class _RunWriter:
         self._outputs: dict[str, dict[str, int]] = {}
         self._keys: list[int] = []
         self._tokens: list[np.ndarray] = []
-        self._length = 0
+        self._n_tokens = 0
 
     def add(self, key: int, tokens: np.ndarray) -> None:
         self._keys.append(key)
         self._tokens.append(tokens)
-        self._length += len(tokens)
-        if self._length >= self.max_tokens:
+        self._n_tokens += len(tokens)
+        if self._n_tokens >= self.max_tokens:
             self._write()
 
     def finish(self) -> dict[str, dict[str, int]]:
@@ -116,21 +119,21 @@ class _RunWriter:
         self.names.append(name)
         self._keys = []
         self._tokens = []
-        self._length = 0
+        self._n_tokens = 0
 
 
 def _batches(path: Path) -> Iterator[tuple[list[str], list[str]]]:
     """Yield texts and names of the documents of a file in batches for the tokenizer."""
     texts: list[str] = []
     names: list[str] = []
-    size = 0
+    characters = 0
     for record in read_documents(path):
         texts.append(record["text"])
         names.append(record["id"])
-        size += len(record["text"])
-        if size > ENCODE_CHARACTERS:
+        characters += len(record["text"])
+        if characters > ENCODE_CHARACTERS:
             yield texts, names
-            texts, names, size = [], [], 0
+            texts, names, characters = [], [], 0
     if texts:
         yield texts, names
 
@@ -140,7 +143,7 @@ class ShardStage:
     """Task: train (the shuffled mixture) or heldout-COMPONENT (in order) -> NAME.bin, NAME.idx."""
 
     recipe: Recipe
-    shards: tuple[tuple[str, tuple[str, ...], int], ...]  # name, runs and tokens of each
+    shards: tuple[tuple[str, tuple[str, ...], int], ...]  # name, runs and number of tokens of each shard
     tokenized: Path
     folder: Path
 
@@ -156,7 +159,7 @@ class ShardStage:
         return {"outputs": {path.name: {"size": path.stat().st_size} for path in paths}}
 
     def _merge(self, runs: tuple[str, ...], tokens: int, dtype: np.dtype) -> Iterator[np.ndarray]:
-        """Yield the documents of all runs in the order of their keys, with one key range in memory at once."""
+        """Yield the documents of all runs in the order of their keys, with one range of keys in memory at a time."""
         ranges = max(1, math.ceil(tokens / (self.recipe.corpus.part_mb * TOKENS_PER_MB)))
         for number in range(ranges):
             low = (number << 64) // ranges
@@ -187,5 +190,5 @@ class ShardStage:
 
 
 def describe_tokenizer(recipe: Recipe) -> str:
-    """Return name and digest of the tokenizer, to identify the stages that depend on it."""
+    """Return the name and digest of the tokenizer, to identify the stages that depend on the tokenizer."""
     return json.dumps([recipe.tokens.tokenizer, load_tokenizer(recipe.tokens.tokenizer).fingerprint])

@@ -23,7 +23,7 @@ class SelectionStage:
     recipe: Recipe
     components: tuple[str, ...]  # component of each part
     filtered: Path
-    matched: Path  # folder of the recurring lines
+    matched: Path  # folder of ExactMatchStage, which has the recurring lines
     removals: Path
     ranges: int
     folder: Path
@@ -44,21 +44,21 @@ class SelectionStage:
         with dropped, writers["train"], writers["heldout"]:
             for number, record in enumerate(read_documents(self.filtered / f"documents/{rank:05d}.jsonl.zst")):
                 text = record["text"]
-                size = len(text.encode())
+                n_bytes = len(text.encode())
                 counts["documents_in"] += 1
-                counts["bytes_in"] += size
-                dropped_meta: dict[str, Any] = {"component": component, "bytes": size}
+                counts["bytes_in"] += n_bytes
+                dropped_meta: dict[str, Any] = {"component": component, "bytes": n_bytes}
                 if number in removals:
                     kind, retained = removals[number]
                     counts[kind] += 1
-                    counts["duplicate_bytes"] += size
+                    counts["duplicate_bytes"] += n_bytes
                     dropped_meta |= {"filter": "duplicates", "reason": f"{kind} duplicate", "of": retained}
                     dropped.add(text[:SAMPLE_CHARACTERS], record["id"], dropped_meta)
                     continue
                 if len(recurring):
                     text, cut = self._cut_lines(text, recurring)
                     counts["lines"] += cut
-                    counts["line_bytes"] += size - len(text.encode()) if cut else 0
+                    counts["line_bytes"] += n_bytes - len(text.encode()) if cut else 0
                     if not text.strip():
                         counts["emptied"] += 1
                         dropped_meta |= {"filter": "lines", "reason": "nothing left"}
@@ -71,10 +71,10 @@ class SelectionStage:
                 hashes[split].append(hash_text(text))
         outputs = {name: writers[split].describe() for split, name in names.items()}
         outputs |= {dropped_name: dropped.describe()}
-        for split, found in hashes.items():
+        for split, split_hashes in hashes.items():
             path = self.folder / f"hashes/{split}-{rank:05d}.npy"
             path.parent.mkdir(parents=True, exist_ok=True)
-            np.save(path, np.unique(np.array(found, "<u8")))
+            np.save(path, np.unique(np.array(split_hashes, "<u8")))
         out = sum(writer.documents for writer in writers.values()) + dropped.documents
         if out != counts["documents_in"]:
             raise CorpusError(
@@ -85,18 +85,18 @@ class SelectionStage:
         return {"component": component, "counts": counts, "splits": splits, "lengths": lengths, "outputs": outputs}
 
     def _removals(self, rank: int) -> dict[int, tuple[str, list[int]]]:
-        """Return for each document to remove: the kind of duplicate, and part and number of the retained document."""
-        found: dict[int, tuple[str, list[int]]] = {}
+        """Return {number of a document to remove: (kind of duplicate, [part, number] of the retained document)}."""
+        removals: dict[int, tuple[str, list[int]]] = {}
         for kind in ("exact", "near"):
             table = np.load(self.removals / f"{kind}.npy", mmap_mode="r")
             assert table.dtype == REMOVAL
             first, last = np.searchsorted(table["rank"], [rank, rank + 1])
             for entry in table[first:last]:
-                found[int(entry["document"])] = (kind, [int(entry["kept_rank"]), int(entry["kept_document"])])
-        return found
+                removals[int(entry["document"])] = (kind, [int(entry["kept_rank"]), int(entry["kept_document"])])
+        return removals
 
     def _recurring_lines(self) -> np.ndarray:
-        """Return the sorted hashes of the lines to remove; hash ranges are in ascending order."""
+        """Return the sorted hashes of the lines to remove. The files are in ascending order of hash ranges."""
         if not self.recipe.lines.min_documents:
             return np.zeros(0, "<u8")
         return np.concatenate([np.load(self.matched / f"repeated/{k:05d}.npy") for k in range(self.ranges)])
@@ -104,15 +104,19 @@ class SelectionStage:
     def _cut_lines(self, text: str, recurring: np.ndarray) -> tuple[str, int]:
         """Return the text without recurring lines, and the number of lines removed."""
         lines = text.split("\n")
-        long = [i for i, line in enumerate(lines) if len(line.strip()) >= self.recipe.lines.min_characters]
-        hashes = np.array([hash_line(lines[i]) for i in long], "<u8")
-        at = np.minimum(np.searchsorted(recurring, hashes), len(recurring) - 1)
-        gone = {i for i, hit in zip(long, recurring[at] == hashes, strict=True) if hit}
-        return ("\n".join(line for i, line in enumerate(lines) if i not in gone), len(gone)) if gone else (text, 0)
+        candidates = [i for i, line in enumerate(lines) if len(line.strip()) >= self.recipe.lines.min_characters]
+        hashes = np.array([hash_line(lines[i]) for i in candidates], "<u8")
+        indices = np.minimum(np.searchsorted(recurring, hashes), len(recurring) - 1)
+        removed = {i for i, hit in zip(candidates, recurring[indices] == hashes, strict=True) if hit}
+        return (
+            ("\n".join(line for i, line in enumerate(lines) if i not in removed), len(removed))
+            if removed
+            else (text, 0)
+        )
 
 
 def check_disjoint(folder: Path, parts: int) -> dict[str, int]:
-    """Return counts of distinct texts in both splits; raise CorpusError if the splits share a text."""
+    """Return the number of distinct texts in each split; raise CorpusError if the splits share a text."""
     heldout = np.unique(np.concatenate([np.load(folder / f"hashes/heldout-{rank:05d}.npy") for rank in range(parts)]))
     trained = 0
     for rank in range(parts):

@@ -1,11 +1,11 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Run a stage of a build in parts by DataTrove's executors: on this machine, on Ray or on Slurm, with completeness checks.
+"""Run a stage of a build in parts with DataTrove's executors: on this machine, on Ray or on Slurm, with completeness checks.
 
 A task makes one part: it writes complete, durable files and returns a record of them, which is written last. A part
 with a record is done, even if the process was killed afterwards; every other part is made again from its beginning. After a
-stage every part must have its record, and every file the size in its record; otherwise the stage has failed. The
-executors alone report success when a rank was lost on Ray or Slurm, and wait forever when a local worker was killed.
+stage every part must have its record, and every file must have the size in the record; otherwise the stage has failed.
+DataTrove's executors report success when a rank was lost on Ray or Slurm, and wait forever when a local worker was killed.
 """
 
 import json
@@ -32,8 +32,10 @@ from mesh_transformer.storage.atomic_files import link_file, replace_file
 
 logger.disable("datatrove")  # every worker would log to the terminal; a failed task reports its own error
 
-Task = Callable[[int], dict[str, Any]]  # number of a part -> record; "outputs": {path below the stage: size, digest}
-ProgressFn = Callable[[str, int, int], None]  # name of the stage, completed parts, total parts
+Task = Callable[
+    [int], dict[str, Any]
+]  # number of a part -> record; its "outputs": {path in the stage folder: size, digest}
+ProgressFn = Callable[[str, int, int], None]  # name of the stage, number of completed parts, number of all parts
 
 RENAMED_RECORD_KEYS = {"steps": "filters"}  # records of version 1.0 -> current names
 
@@ -56,7 +58,7 @@ class Executor:
         self._pool: ProcessPoolExecutor | None = None
 
     def pool(self) -> ProcessPoolExecutor:
-        """Return worker processes that end with this one; reused by all stages because starting them takes seconds."""
+        """Return worker processes that end with this process. All stages reuse them, because starting them takes seconds."""
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=end_with_parent)
@@ -70,7 +72,7 @@ class Executor:
 
 
 class _Part(PipelineStep):
-    """A task as a DataTrove pipeline step."""
+    """DataTrove pipeline step that makes one part by a task."""
 
     type, name = "corpus", "part"
 
@@ -95,7 +97,7 @@ class _Part(PipelineStep):
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Disable the threads of NumPy and tokenizers, which would compete with those of other workers."""
+    """Disable the threads of NumPy and tokenizers, which would compete with the threads of other workers."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "false"
@@ -111,12 +113,12 @@ def _one_thread() -> Iterator[None]:
 def _write_failure(path: Path, error: Exception) -> None:
     try:
         path.write_text(f"{type(error).__name__}: {error}"[:2000], encoding="utf-8")
-    except OSError:  # the disk is full: the missing record is sufficient
+    except OSError:  # such as a full disk: the missing record still marks the part as incomplete
         return
 
 
 def _run_locally(pipeline_executor: LocalPipelineExecutor, executor: Executor) -> None:
-    """Make all missing parts of a local pipeline; start no further part after the first failure, and raise it."""
+    """Make all missing parts of a local pipeline; after the first failure, raise its error and start no further part."""
     ranks = pipeline_executor.get_incomplete_ranks(range(pipeline_executor.tasks))
     if executor.workers == 1 or len(ranks) < 2:
         for rank in ranks:
@@ -146,19 +148,19 @@ def run_stage(
     """
     if not tasks:
         return []
-    for below in ("records", "failures", "log/completions"):
-        (folder / below).mkdir(parents=True, exist_ok=True)
+    for subfolder in ("records", "failures", "log/completions"):
+        (folder / subfolder).mkdir(parents=True, exist_ok=True)
     for rank in range(tasks):
         if _read_record(folder, rank) is None:
             (folder / "log" / "completions" / f"{rank:05d}").unlink(missing_ok=True)
-        else:  # done, but perhaps killed before DataTrove marked it
+        else:  # complete, but DataTrove may not have marked it: the process may have been killed
             (folder / "log" / "completions" / f"{rank:05d}").touch()
         (folder / "failures" / f"{rank:05d}.txt").unlink(missing_ok=True)
     pipeline = [_Part(task, folder)]
     with _monitored(name, folder, tasks, on_progress):
         if executor.slurm:
             run_on_slurm(pipeline, tasks, folder, executor.workers, executor.slurm)
-        elif executor.ray and tasks > 1:  # a single part is faster here
+        elif executor.ray and tasks > 1:  # a single part is faster on this machine
             run_on_ray(pipeline, tasks, folder, executor.workers, executor.ray)
         else:
             _run_locally(
@@ -178,23 +180,23 @@ def run_stage(
 
 
 def reuse_parts(folder: Path, inputs: Sequence[str], earlier: Sequence[Path]) -> None:
-    """Link parts that the stage made in `earlier` folders from the same inputs into `folder`, with their new numbers.
+    """Link parts of `earlier` folders that the stage made from the same inputs into `folder`, under their new part numbers.
 
-    Only for stages whose files are FOLDER/PART.SUFFIX, and whose records have "inputs".
+    This works only for stages whose files are FOLDER/PART.SUFFIX, and whose records have "inputs".
     """
     made: dict[str, tuple[Path, str, dict[str, Any]]] = {}
     for other in earlier:
         for path in sorted((other / "records").glob("*.json")):
             if record := _read_record(other, int(path.stem)):
                 made[record.get("inputs", "")] = (other, path.stem, record)
-    for rank, own in enumerate(inputs):
-        if own not in made or _read_record(folder, rank) is not None:
+    for rank, part_inputs in enumerate(inputs):
+        if part_inputs not in made or _read_record(folder, rank) is not None:
             continue
-        other, number, record = made[own]
+        other, old_number, record = made[part_inputs]
         outputs = {}
         (folder / "records").mkdir(exist_ok=True)
         for name, output in record["outputs"].items():
-            new_name = name.replace(f"/{number}.", f"/{rank:05d}.")
+            new_name = name.replace(f"/{old_number}.", f"/{rank:05d}.")
             (folder / new_name).parent.mkdir(parents=True, exist_ok=True)
             (folder / new_name).unlink(missing_ok=True)
             link_file(other / name, folder / new_name)
@@ -204,7 +206,7 @@ def reuse_parts(folder: Path, inputs: Sequence[str], earlier: Sequence[Path]) ->
 
 @contextmanager
 def _monitored(name: str, folder: Path, tasks: int, on_progress: ProgressFn) -> Iterator[None]:
-    """Report the number of parts with records while the block runs."""
+    """Report the number of complete parts while the block runs."""
     ended = threading.Event()
 
     def monitor() -> None:
@@ -230,7 +232,7 @@ def _write_record(folder: Path, rank: int, record: dict[str, Any]) -> None:
 
 
 def _read_record(folder: Path, rank: int) -> dict[str, Any] | None:
-    """Return the record of a part, or None if it or a file that it names is missing or incomplete."""
+    """Return the record of a part, or None if the record, or a file that it names, is missing or incomplete."""
     path = _record_path(folder, rank)
     try:
         record = json.loads(path.read_bytes())

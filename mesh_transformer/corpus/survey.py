@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Content statistics of the training text for the datasheet: topics, profanity, and words that co-occur with he and she.
+"""Content statistics of the training text for the datasheet: topics, profanity, and words that co-occur with "he" and "she".
 
-Follows section 6 of The Pile's paper: the same profanity classifier and the same measure for he and she. Topics are
-non-negative factors of tf-idf instead of LDA because these are deterministic. All three are meant for English text.
+Follows section 6 of The Pile's paper: the same profanity classifier and the same measure of bias to "he" or "she". Topics are
+found by non-negative factorization of tf-idf instead of LDA, because LDA is not deterministic. All three are for English text.
 """
 
 import dataclasses
@@ -21,15 +21,15 @@ from mesh_transformer.corpus.markup import install_hint
 from mesh_transformer.corpus.parts import PartWriter, read_documents
 from mesh_transformer.corpus.recipe import Recipe
 
-SAMPLE = 300  # documents of a component: those whose names have the lowest hashes
-CHARACTERS = 4000  # length of the prefix of each of these documents
+SAMPLE_DOCUMENTS = 300  # sampled documents of a component: the documents whose names have the lowest hashes
+SAMPLE_CHARACTERS = 4000  # length of the prefix of each sampled document
 PRONOUNS = ("he", "she")
-WORDS = 5000  # co-occurring words that a part records, the most frequent ones
-SENTENCE = 400  # characters of a sentence; the rest is ignored, since text without periods is not prose
+MAX_WORDS = 5000  # most frequent co-occurring words, which the record of a part has
+MAX_SENTENCE_CHARACTERS = 400  # the rest of a sentence is ignored, since text without periods is not prose
 TOPICS = 16  # as in The Pile
 TOPIC_WORDS = 8
-MIN_SENTENCES = 10  # a word in fewer sentences is not compared
-NAMED = (
+MIN_SENTENCES = 10  # a word that occurs in fewer sentences is not compared
+PAPER_WORDS = (
     "military",
     "criminal",
     "offensive",
@@ -37,7 +37,7 @@ NAMED = (
     "married",
     "sexual",
     "happy",
-)  # words that the paper reports: three for he, four for she
+)  # words that the paper reports: the first three with a bias to "he", the others to "she"
 FRAGMENTS = {
     "don",
     "didn",
@@ -77,14 +77,14 @@ class SurveyStage:
         for record in read_documents(self.selected / f"train/{component}-{rank:05d}.jsonl.zst"):
             name = record["id"]
             text = record["text"]
-            add = heapq.heappush if len(lowest) < SAMPLE else heapq.heappushpop
-            add(lowest, (-xxhash.xxh3_64_intdigest(f"survey:{name}".encode()), name, text[:CHARACTERS]))
+            add = heapq.heappush if len(lowest) < SAMPLE_DOCUMENTS else heapq.heappushpop
+            add(lowest, (-xxhash.xxh3_64_intdigest(f"survey:{name}".encode()), name, text[:SAMPLE_CHARACTERS]))
             for pronouns, words in find_sentences(text):
                 for pronoun in pronouns:
                     sentences[pronoun] += 1
                     around[pronoun].update(words)
         total = around["he"] + around["she"]
-        known = {word for word, _ in sorted(total.items(), key=lambda item: (-item[1], item[0]))[:WORDS]}
+        known = {word for word, _ in sorted(total.items(), key=lambda item: (-item[1], item[0]))[:MAX_WORDS]}
         sample = f"sample/{rank:05d}.jsonl.zst"
         with PartWriter(self.folder / sample) as part:
             for negative, name, text in sorted(lowest, reverse=True):
@@ -92,7 +92,9 @@ class SurveyStage:
         return {
             "component": component,
             "sentences": sentences,
-            "around": {one: {word: n for word, n in counts.items() if word in known} for one, counts in around.items()},
+            "around": {
+                pronoun: {word: n for word, n in counts.items() if word in known} for pronoun, counts in around.items()
+            },
             "outputs": {sample: part.describe()},
         }
 
@@ -106,22 +108,23 @@ def find_sentences(text: str) -> list[tuple[set[str], set[str]]]:
     ends = [match.end() for match in _END.finditer(lower)]
     starts = [0, *ends]
     numbers = sorted({bisect_right(ends, offset) for offset in offsets})
-    found = []
+    sentences = []
     for number in numbers:
-        sentence = lower[starts[number] : ends[number] if number < len(ends) else len(lower)][:SENTENCE]
+        sentence = lower[starts[number] : ends[number] if number < len(ends) else len(lower)][:MAX_SENTENCE_CHARACTERS]
         words = set(_WORD.findall(sentence))
         if pronouns := words.intersection(PRONOUNS):
-            found.append((pronouns, words))
-    return found
+            sentences.append((pronouns, words))
+    return sentences
 
 
 def describe_survey(records: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
     """Return topics, profanity and pronouns of all parts; `folder` is the stage's folder."""
     samples: dict[str, list[tuple[int, str]]] = {}
     for rank, record in enumerate(records):
-        found = samples.setdefault(record["component"], [])
-        found += [(one["meta"]["hash"], one["text"]) for one in read_documents(folder / f"sample/{rank:05d}.jsonl.zst")]
-    texts = {name: [text for _, text in sorted(found)[:SAMPLE]] for name, found in samples.items()}
+        component_samples = samples.setdefault(record["component"], [])
+        documents = read_documents(folder / f"sample/{rank:05d}.jsonl.zst")
+        component_samples += [(document["meta"]["hash"], document["text"]) for document in documents]
+    texts = {name: [text for _, text in sorted(sample)[:SAMPLE_DOCUMENTS]] for name, sample in samples.items()}
     return {"topics": find_topics(texts), "profanity": measure_profanity(texts), "pronouns": compare_pronouns(records)}
 
 
@@ -132,8 +135,8 @@ def find_topics(texts: dict[str, list[str]]) -> dict[str, Any]:
         from sklearn.feature_extraction.text import TfidfVectorizer
     except ImportError:
         raise install_hint("scikit-learn") from None
-    owners = [name for name, found in texts.items() for _ in found]
-    documents = [text for found in texts.values() for text in found]
+    component_names = [name for name, sample in texts.items() for _ in sample]
+    documents = [text for sample in texts.values() for text in sample]
     vectorizer = TfidfVectorizer(
         max_features=4000,
         min_df=min(3, len(documents)),
@@ -153,31 +156,31 @@ def find_topics(texts: dict[str, list[str]]) -> dict[str, Any]:
     words = [[str(names[i]) for i in factor.argsort()[::-1][:TOPIC_WORDS]] for factor in model.components_]
     shares = {}
     for name in texts:
-        own = [i for i, owner in enumerate(owners) if owner == name]
-        shares[name] = [round(float(share), 4) for share in weights[own].mean(axis=0)] if own else [0.0] * count
+        indices = [i for i, component_name in enumerate(component_names) if component_name == name]
+        shares[name] = [round(float(share), 4) for share in weights[indices].mean(axis=0)] if indices else [0.0] * count
     return {"words": words, "shares": shares}
 
 
 def measure_profanity(texts: dict[str, list[str]]) -> dict[str, dict[str, int]]:
-    """Return the number of sentences in the sample of every component, and of those classified as profane."""
+    """Return the number of sentences in the sample of every component, and the number of profane sentences."""
     try:
         from profanity_check import predict
     except ImportError:
         raise install_hint("alt-profanity-check") from None
     result = {}
-    for name, found in texts.items():
-        candidates = [sentence.strip()[:SENTENCE] for text in found for sentence in _END.split(text)]
+    for name, sample in texts.items():
+        candidates = [sentence.strip()[:MAX_SENTENCE_CHARACTERS] for text in sample for sentence in _END.split(text)]
         sentences = [sentence for sentence in candidates if _WORD.search(sentence.lower())]
         result[name] = {"sentences": len(sentences), "profane": int(predict(sentences).sum()) if sentences else 0}
     return result
 
 
 def compare_pronouns(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the number of sentences with each pronoun by component, and the words with the strongest bias to either.
+    """Return the number of sentences with each pronoun by component, and the words with the strongest bias to one pronoun.
 
-    The bias ("lean") is defined as in the paper: the difference of the rates at which a word occurs in sentences with he
-    and with she, times the square root of its frequency in both. The paper counts adjectives and adverbs; this function
-    counts all words except function words.
+    The bias ("lean") is defined as in the paper: the difference of the rates at which a word occurs in sentences with "he"
+    and with "she", times the square root of its number of sentences with either. The paper counts adjectives and adverbs;
+    this function counts all words except function words.
     """
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
@@ -187,7 +190,7 @@ def compare_pronouns(records: list[dict[str, Any]]) -> dict[str, Any]:
         by_component.setdefault(record["component"], Counter()).update(record["sentences"])
         for pronoun in PRONOUNS:
             around[pronoun].update(record["around"][pronoun])
-    totals = {one: max(sum(counts[one] for counts in by_component.values()), 1) for one in PRONOUNS}
+    totals = {p: max(sum(counts[p] for counts in by_component.values()), 1) for p in PRONOUNS}
 
     def lean(word: str) -> dict[str, Any]:
         he, she = (around[pronoun][word] for pronoun in PRONOUNS)
@@ -199,8 +202,10 @@ def compare_pronouns(records: list[dict[str, Any]]) -> dict[str, Any]:
     leaning = [lean(word) for word in words if around["he"][word] + around["she"][word] >= MIN_SENTENCES]
     leaning.sort(key=lambda entry: (-entry["lean"], entry["word"]))
     return {
-        "sentences": {name: {one: counts[one] for one in PRONOUNS} for name, counts in by_component.items()},
+        "sentences": {
+            name: {pronoun: counts[pronoun] for pronoun in PRONOUNS} for name, counts in by_component.items()
+        },
         "he": [entry for entry in leaning[:15] if entry["lean"] > 0],
         "she": [entry for entry in leaning[::-1][:15] if entry["lean"] < 0],
-        "named": [lean(word) for word in NAMED],
+        "named": [lean(word) for word in PAPER_WORDS],
     }

@@ -11,7 +11,7 @@ _SENTENCE_END = re.compile(r"[.!?\u3002\uff01\uff1f]+[\"'\u201d\u2019)\]]*\s+")
 
 
 class PatternTokenizer(WordTokenizer):
-    """Split text into runs of letters and digits, also joined as in e-mail and don't, and runs of other characters."""
+    """Splits text into words (letters and digits, also joined as in "e-mail" and "don't") and runs of other characters."""
 
     def word_tokenize(self, text: str) -> list[str]:
         """Return words and symbols in order."""

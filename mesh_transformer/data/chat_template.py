@@ -4,7 +4,7 @@
 
 A template comes with a model's files and is untrusted code, so it runs in Jinja's sandbox. It writes special tokens such
 as <|im_start|>. The same characters in a message are escaped and stay text; otherwise the author of a message could end
-it and continue in another role.
+the message and continue in another role.
 """
 
 import functools
@@ -25,11 +25,11 @@ from mesh_transformer.data.tokenizers import Tokenizer
 from mesh_transformer.data.vocabularies import make_library, merge_additions
 
 ESCAPE = "\ufdd0"  # a Unicode noncharacter, inserted into special tokens in messages; `encode` removes it
-DEFAULT_NAME = "default"  # name of the template to use if a model has several
+DEFAULT_NAME = "default"  # name of the template that is used if a model has several
 _TEMPLATE_FILE = re.compile(r"additional_chat_templates/([^/]+)\.jinja")
-_MAX_STEPS = 1_000_000  # iterations and calls of one rendering: about a second
-_STEPS = "_steps"  # name of the count in a template
-_MAX_ERROR = 300  # characters of a template's error message
+_MAX_STEPS = 1_000_000  # iterations and calls in one rendering: about a second
+_STEPS_NAME = "_steps"  # name under which a template holds the iterator of its remaining steps
+_MAX_ERROR_CHARACTERS = 300  # of a template's error message
 # Special tokens by the names that templates use.
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -58,7 +58,7 @@ class ChatTemplate:
     def source(self) -> str | None:
         """Jinja source of the template, or None if the model has none.
 
-        In order of precedence: chat_template.jinja with the named ones in additional_chat_templates/,
+        In order of precedence: chat_template.jinja with the named templates in additional_chat_templates/,
         tokenizer_config.json, chat_template.json.
         """
         named = {
@@ -68,17 +68,17 @@ class ChatTemplate:
         }
         if "chat_template.jinja" in self._files:
             named[DEFAULT_NAME] = self._files["chat_template.jinja"]
-        found = self._config.get("chat_template") or self._read("chat_template.json").get("chat_template")
-        if not named and isinstance(found, list):
-            named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
+        source = self._config.get("chat_template") or self._read("chat_template.json").get("chat_template")
+        if not named and isinstance(source, list):
+            named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
         if named:
-            found = named.get(DEFAULT_NAME)
-        if found is None and named:
+            source = named.get(DEFAULT_NAME)
+        if source is None and named:
             raise ChatError(
                 f"this model has the chat templates {', '.join(map(str, named))}, but none with the name {DEFAULT_NAME!r}; rename "
-                "one in the model's files and convert the model again"
+                "one of them in the model's files and convert the model again"
             )
-        return found if isinstance(found, str) and found else None
+        return source if isinstance(source, str) and source else None
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """Return the prompt for a response to `messages`, with escaped special tokens; pass it to `encode`.
@@ -90,7 +90,7 @@ class ChatTemplate:
         compiled = self._compiled
         chat = [{name: self._escape_special_tokens(text) for name, text in message.items()} for message in messages]
         try:
-            options = {_STEPS: iter(range(_MAX_STEPS)), "add_generation_prompt": True}
+            options = {_STEPS_NAME: iter(range(_MAX_STEPS)), "add_generation_prompt": True}
             return compiled.render(messages=chat, tools=None, documents=None, **options, **self._special)
         except jinja2.TemplateError as error:
             raise ChatError(
@@ -139,20 +139,22 @@ class ChatTemplate:
         library = make_library(self._tokenizer_json, "tokenizer")
         known = {token.content for token in library.get_added_tokens_decoder().values()}
         # Tokens that are special only in the model's files. Names that are not in the vocabulary remain text.
-        more = [name for name in self._special.values() if name not in known and library.token_to_id(name) is not None]
-        library.add_special_tokens([hf.AddedToken(name, normalized=False, special=True) for name in [*more, ESCAPE]])
+        missing = [
+            name for name in self._special.values() if name not in known and library.token_to_id(name) is not None
+        ]
+        library.add_special_tokens([hf.AddedToken(name, normalized=False, special=True) for name in [*missing, ESCAPE]])
         return library
 
     @functools.cached_property
     def _special_pattern(self) -> re.Pattern[str]:
-        """Matches special tokens, and other added tokens that the template writes; longer ones first."""
+        """Pattern of special tokens, and of other added tokens that the template writes; longer tokens first."""
         added = self._library.get_added_tokens_decoder().values()
         names = {
             token.content
             for token in added
             if token.special or (token.content in (self.source or "") and token.content.strip())
         }
-        # A single character cannot be escaped by inserting another.
+        # A token of one character cannot be escaped: ESCAPE is inserted between two characters.
         by_length = sorted((name for name in names if len(name) > 1), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, by_length)) or "(?!)")
 
@@ -160,7 +162,7 @@ class ChatTemplate:
         if ESCAPE in text:
             raise ChatError("a message contains the noncharacter U+FDD0; remove it")
         while self._special_pattern.search(text):  # repeated, because escaping one token may leave another
-            text = self._special_pattern.sub(lambda found: _escape(found[0]), text)
+            text = self._special_pattern.sub(lambda match: _escape(match[0]), text)
         return text
 
     @functools.cached_property
@@ -170,11 +172,11 @@ class ChatTemplate:
     @functools.cached_property
     def _special(self) -> dict[str, str]:
         """The model's special tokens by the names that templates use."""
-        found = dict(self._config)
-        if "added_tokens_decoder" not in found:  # files that have it do not need the older file
-            found |= self._read("special_tokens_map.json")
+        config = dict(self._config)
+        if "added_tokens_decoder" not in config:  # otherwise special_tokens_map.json, an older file, is not needed
+            config |= self._read("special_tokens_map.json")
         named = {
-            name: value.get("content") if isinstance(value := found.get(name), dict) else value
+            name: value.get("content") if isinstance(value := config.get(name), dict) else value
             for name in _SPECIAL_TOKENS
         }
         return {name: value for name, value in named.items() if isinstance(value, str)}
@@ -203,7 +205,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
         tree = super()._parse(source, name, filename)
         for loop in tree.find_all(jinja2.nodes.For):
-            loop.iter = jinja2.nodes.Filter(loop.iter, _STEPS, [], [], None, None, lineno=loop.lineno)
+            loop.iter = jinja2.nodes.Filter(loop.iter, _STEPS_NAME, [], [], None, None, lineno=loop.lineno)
         return tree
 
     def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
@@ -212,7 +214,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 def _count_step(context: jinja2.runtime.Context) -> None:
-    if next(context[_STEPS], None) is None:
+    if next(context[_STEPS_NAME], None) is None:
         raise jinja2.TemplateError(f"more than {_MAX_STEPS:,} loop iterations and calls")
 
 
@@ -227,8 +229,8 @@ def _count_items(context: jinja2.runtime.Context, items: Any) -> Any:
 def _make_environment() -> jinja2.Environment:
     """Return a Jinja environment with the functions that chat templates expect."""
     environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
-    environment.filters[_STEPS] = _count_items
-    environment.filters["tojson"] = _to_json  # Jinja's own escapes HTML
+    environment.filters[_STEPS_NAME] = _count_items
+    environment.filters["tojson"] = _to_json  # Jinja's tojson escapes HTML
     environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
     return environment
 
@@ -252,4 +254,4 @@ def _escape(token: str) -> str:
 
 
 def _shorten(error: Exception) -> str:
-    return " ".join(str(error).split())[:_MAX_ERROR]
+    return " ".join(str(error).split())[:_MAX_ERROR_CHARACTERS]

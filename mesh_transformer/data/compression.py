@@ -13,10 +13,10 @@ import zstandard
 
 from mesh_transformer.data.errors import DocumentError
 
-COMPRESSED = {".gz", ".zst"}
+COMPRESSED = {".gz", ".zst"}  # suffixes
 _INPUT_BYTES = 1 << 10  # compressed bytes per step: zstd expands one step to at most about 32,000 times as much
-_CHUNK = 1 << 20
-_MAX_DOCUMENT_BYTES = 1 << 30  # a longer document indicates damage, or data made to exhaust memory
+_CHUNK_BYTES = 1 << 20
+_MAX_DOCUMENT_BYTES = 1 << 30  # a longer document indicates damage, or data that is meant to exhaust memory
 
 
 def read_chunks(file: Path, compressed: str | None) -> Iterator[bytes]:
@@ -24,9 +24,9 @@ def read_chunks(file: Path, compressed: str | None) -> Iterator[bytes]:
 
     Raises DocumentError if the archive is damaged or truncated.
     """
-    with open(file, "rb", buffering=_CHUNK) as stream:
+    with open(file, "rb", buffering=_CHUNK_BYTES) as stream:
         if compressed is None:
-            yield from iter(partial(stream.read, _CHUNK), b"")
+            yield from iter(partial(stream.read, _CHUNK_BYTES), b"")
         else:
             yield from _decompress(iter(partial(stream.read, _INPUT_BYTES), b""), compressed)
 
@@ -67,9 +67,9 @@ def check_length(length: int) -> None:
 
 
 def _decompress(inputs: Iterator[bytes], suffix: str) -> Iterator[bytes]:
-    """Yield the contents of all frames (zstd) or members (gzip), and raise DocumentError if one is incomplete.
+    """Yield the contents of all frames (zstd) or members (gzip), and raise DocumentError if a frame is incomplete.
 
-    Each frame is decoded by its own decoder, because zstandard's stream readers treat the end of the file as the end
+    Each frame has a separate decoder, because zstandard's stream readers treat the end of the file as the end
     of the data and so do not notice a truncated frame.
     """
     zstd = zstandard.ZstdDecompressor()
@@ -80,7 +80,7 @@ def _decompress(inputs: Iterator[bytes], suffix: str) -> Iterator[bytes]:
             if decoder is None:
                 start = offset + len(data) - len(rest)
                 if suffix == ".gz" and start and not rest.strip(b"\0"):
-                    break  # zero padding to a block size, as on tapes
+                    break  # zero padding to a multiple of the block size, as on tapes
                 decoder = zstd.decompressobj() if suffix == ".zst" else zlib.decompressobj(wbits=31)
             try:
                 yield decoder.decompress(rest)

@@ -19,13 +19,15 @@ from mesh_transformer.data.shards import TokenShard
 from mesh_transformer.data.span_corruption import SpanCorruption, SpanCorruptionLoader
 from mesh_transformer.data.tokenizers import Tokenizer, load_tokenizer
 
-ProgressFn = Callable[[str, int, int, float], None]  # dataset, bytes done, total bytes, seconds
+ProgressFn = Callable[[str, int, int, float], None]  # dataset, bytes done, total bytes, seconds since the start
 
 
 class ValidationSet(NamedTuple):
-    """Held-out text: batches in order, with every token once, and sizes."""
+    """Held-out text: its batches in order, and its sizes."""
 
-    batches: Callable[[Sequence[int] | None], Iterator[Batch]]  # argument: the rows of each batch to read; None: all
+    batches: Callable[
+        [Sequence[int] | None], Iterator[Batch]
+    ]  # argument: the rows to read of each batch; None: all rows
     n_batches: int
     n_tokens: int
     n_bytes: int  # of text, without end-of-text tokens
@@ -38,8 +40,8 @@ class Data(NamedTuple):
     tokenizer: Tokenizer
     train: Loader
     validation: dict[str, ValidationSet]
-    training_shards: dict[str, BuiltShards]  # of every dataset
-    notes: list[str]  # skipped documents
+    training_shards: dict[str, BuiltShards]  # training split of every dataset
+    notes: list[str]  # text that the tokenizer loses, and skipped documents
 
 
 def open_data(config: Config, *, on_progress: ProgressFn = lambda name, done, total, seconds: None) -> Data:
@@ -86,7 +88,7 @@ def open_data(config: Config, *, on_progress: ProgressFn = lambda name, done, to
 
 
 def preview_sequences(config: Config, data: Data, count: int) -> str:
-    """Return the first `count` training sequences as text, with statistics of each and totals of the data."""
+    """Return the first `count` training sequences as text, with statistics of each sequence and totals of the data."""
     lines = []
     for index in range(count):
         dataset, sequence = data.train.locate(index)
@@ -152,7 +154,7 @@ def _open_validation(
     shard = TokenShard(built.prefix)
     if corruption is not None:
         return _open_corrupted(config, built, shard, corruption)
-    sizes = dict(seq_len=config.model.seq_len, batch_size=config.train.batch_size)
+    batch_shape = dict(seq_len=config.model.seq_len, batch_size=config.train.batch_size)
 
     def text() -> bytes:
         tokens = np.asarray(shard.tokens)
@@ -160,9 +162,9 @@ def _open_validation(
 
     return ValidationSet(
         batches=lambda rows: evaluation_batches(
-            shard, **sizes, rows=rows, isolate_documents=config.data.isolate_documents
+            shard, **batch_shape, rows=rows, isolate_documents=config.data.isolate_documents
         ),
-        n_batches=count_evaluation_batches(shard, **sizes),
+        n_batches=count_evaluation_batches(shard, **batch_shape),
         n_tokens=shard.n_tokens - 1,
         n_bytes=built.n_bytes,
         text=text,
@@ -170,9 +172,9 @@ def _open_validation(
 
 
 def _open_corrupted(config: Config, built: BuiltShards, shard: TokenShard, corruption: SpanCorruption) -> ValidationSet:
-    """Open a validation set with span corruption, whose size in bytes is the targets' fraction of the text.
+    """Open a validation set with span corruption. `n_bytes` counts only the noise spans, in proportion to their tokens.
 
-    `text` is empty, because general compressors cannot be compared on targets.
+    `text` is empty, because targets are not text that a general compressor could be compared on.
     """
     sequences = shard.n_tokens // corruption.text_len
     if sequences < 1:

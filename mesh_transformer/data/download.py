@@ -1,11 +1,11 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Downloads datasets from object stores into the cache, once per host and again when they change.
+"""Downloads datasets from object stores into the cache, once per host, and again after a change of the dataset.
 
 A dataset s3://bucket/path or gs://bucket/path can be a file, a folder (all objects below it), or the prefix of a shard.
-Its files are stored in <cache_dir>/fetched/<digest of the URL>/ under their own names, with the size and modification
-time of the objects. A file with the same size and time is not downloaded again. Each file is downloaded completely or
-not at all.
+Its files are stored in <cache_dir>/fetched/<digest of the URL>/ under the names of the objects, with the size and
+modification time of the objects. A file with the same size and time is not downloaded again. Each file is downloaded
+completely or not at all.
 """
 
 import fcntl
@@ -19,11 +19,11 @@ from mesh_transformer.data.readers import FILES, find_reader
 from mesh_transformer.storage.errors import CheckpointError
 from mesh_transformer.storage.paths import RemotePath, parse_path, read_blocks
 
-SHARD = (".bin", ".idx")
+SHARD_SUFFIXES = (".bin", ".idx")
 
 
 def is_remote(path: str) -> bool:
-    """Return whether a dataset path is the URL of files in an object store."""
+    """Return whether a dataset path is a URL of files in an object store."""
     return "://" in path and find_reader(path) is FILES
 
 
@@ -37,7 +37,7 @@ def download_dataset(
     folder = Path(os.path.expanduser(cache_dir)) / "fetched" / hashlib.sha256(url.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        remote = parse_path(url.removesuffix(SHARD[0]).removesuffix(SHARD[1]))
+        remote = parse_path(url.removesuffix(SHARD_SUFFIXES[0]).removesuffix(SHARD_SUFFIXES[1]))
         assert isinstance(remote, RemotePath), "a URL has a scheme"
         with open(folder.with_name(folder.name + ".lock"), "w") as lock:  # other processes on this host wait
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -58,41 +58,45 @@ def download_dataset(
 
 
 def _find(remote: RemotePath) -> tuple[RemotePath, dict[str, tuple[int, float]]]:
-    """Return the folder of the dataset's files, and the size and modification time of each by its name in the folder."""
+    """Return the folder of the dataset's files, and {name in the folder: (size in bytes, modification time)}."""
     siblings = remote.parent.list_files()
-    files = {name: siblings[name] for name in (remote.name, *(remote.name + end for end in SHARD)) if name in siblings}
-    if files and remote.name not in files and len(files) < len(SHARD):
+    files = {
+        name: siblings[name]
+        for name in (remote.name, *(remote.name + suffix for suffix in SHARD_SUFFIXES))
+        if name in siblings
+    }
+    if files and remote.name not in files and len(files) < len(SHARD_SUFFIXES):
         raise DataError(
             f"{remote}: only {next(iter(files))} exists, but a shard consists of a .bin and an .idx file; upload both"
         )
     if files:
         return remote.parent, files
-    start = f"{remote.name}/"
-    below = {name.removeprefix(start): found for name, found in siblings.items() if name.startswith(start)}
-    if not below:
+    prefix = f"{remote.name}/"
+    files = {name.removeprefix(prefix): state for name, state in siblings.items() if name.startswith(prefix)}
+    if not files:
         names = sorted({name.split("/")[0] for name in siblings})
         raise DataError(
             f"{remote}: no such object or folder; {remote.parent} contains: {', '.join(names[:10]) or 'nothing'}"
         )
-    return remote, below
+    return remote, files
 
 
 def _download(remote: RemotePath, path: Path, size: int, modified: float) -> None:
-    when = int(modified)
-    if path.is_file() and (path.stat().st_size, int(path.stat().st_mtime)) == (size, when):
+    modified_seconds = int(modified)
+    if path.is_file() and (path.stat().st_size, int(path.stat().st_mtime)) == (size, modified_seconds):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
-    found = 0
+    received = 0
     with open(temporary, "wb") as file:
         for block in read_blocks(remote, size):
             file.write(block)
-            found += len(block)
+            received += len(block)
         file.flush()
         os.fsync(file.fileno())
-    if found != size:
-        raise DataError(f"{remote}: received {found:,} bytes, expected {size:,}; try again")
-    os.utime(temporary, (when, when))
+    if received != size:
+        raise DataError(f"{remote}: received {received:,} bytes, expected {size:,}; try again")
+    os.utime(temporary, (modified_seconds, modified_seconds))
     os.replace(temporary, path)
 
 

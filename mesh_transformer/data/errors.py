@@ -5,7 +5,7 @@
 from collections import Counter
 from typing import NamedTuple
 
-_EXAMPLES = 3
+_MAX_EXAMPLES = 3  # messages of each kind of error
 
 
 class DataError(ValueError):
@@ -28,14 +28,14 @@ class SkippedDocuments:
 
     @property
     def total(self) -> int:
-        """Number of errors of all kinds; a file that cannot be read any further counts once."""
+        """Number of errors of all kinds; damage that ends the reading of a file counts once."""
         return self.counts.total()
 
     def add(self, kind: str, message: str) -> None:
         """Count one error; `message` begins with the file and line."""
         self.counts[kind] += 1
         examples = self.examples.setdefault(kind, [])
-        if len(examples) < _EXAMPLES:
+        if len(examples) < _MAX_EXAMPLES:
             examples.append(message)
 
     def merge(self, other: "SkippedDocuments") -> None:
@@ -43,7 +43,7 @@ class SkippedDocuments:
         self.counts.update(other.counts)
         for kind, messages in other.examples.items():
             examples = self.examples.setdefault(kind, [])
-            examples.extend(messages[: _EXAMPLES - len(examples)])
+            examples.extend(messages[: _MAX_EXAMPLES - len(examples)])
 
     def summary_lines(self) -> list[str]:
         """Return one line per kind, most frequent first: count, kind, first example. Empty if nothing was skipped."""
@@ -54,7 +54,7 @@ class SkippedDocuments:
 class DocumentError(Exception):
     """An error in one line of a file, or in the whole file (`line` is None).
 
-    Readers yield the error of a single line, and raise the error after which a file cannot be read further.
+    Readers yield an error of a single line, and raise an error that prevents reading the rest of the file.
     """
 
     def __init__(self, kind: str, detail: str, line: int | None = None) -> None:

@@ -31,9 +31,10 @@ from mesh_transformer.data.vocabularies import (
 )
 
 UNKNOWN = "\ufffd".encode()  # decoded bytes of an id outside the vocabulary
-_PROBE = "two  words,\n\u4e2d \U0001f600"  # a vocabulary that changes more than its case and Unicode form loses text
-_PART = 1 << 20  # characters in one part of a long text, and in all texts that are encoded in one call
-# ByteLevel's pattern always ends a word here and begins the next one, whatever the surrounding text.
+# A vocabulary loses text if it changes more than the case and Unicode form of this text.
+_PROBE = "two  words,\n\u4e2d \U0001f600"
+_PART = 1 << 20  # characters in a part of a long text, and in all texts of one call
+# Boundary at which ByteLevel's pattern always ends a word and begins the next word, whatever the surrounding text.
 _WORD_BOUNDARY = re.compile(r"[A-Za-z0-9.,;] (?=[A-Za-z])")
 
 
@@ -43,10 +44,10 @@ class FileTokenizer:
     def __init__(
         self, table: Mapping[str, Any], additions: Mapping[str, Any] | None = None, *, where: str = "tokenizer"
     ) -> None:
-        """Prepare encoding and decoding.
+        """Prepare encoding and decoding. Raises TokenizerError.
 
         `table` is the content of a tokenizer.json, and `additions` come from other files of its folder (tokenizer_files.py).
-        Error messages begin with `where`. Raises TokenizerError.
+        Error messages begin with `where`.
         """
         self._table = make_deterministic(table, where)
         self._additions = dict(additions or {})
@@ -80,7 +81,7 @@ class FileTokenizer:
         return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
 
     def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
-        """Return the ids of two texts as one input of an encoder, and their token types: of which text each id is.
+        """Return the ids of two texts as one input of an encoder, and their token types, which identify the text of each id.
 
         The tokenizer's files say which special tokens are added and what the types are. Special tokens written in the texts
         become their ids. Raises TokenizerError at lone surrogates.
@@ -125,9 +126,12 @@ class FileTokenizer:
             return 0
         encoding = self._library.encode(text, add_special_tokens=False)
         known = {
-            at for i, span in zip(encoding.ids, encoding.offsets, strict=True) if i != unknown for at in range(*span)
+            index
+            for i, span in zip(encoding.ids, encoding.offsets, strict=True)
+            if i != unknown
+            for index in range(*span)
         }
-        return sum(not character.isspace() and at not in known for at, character in enumerate(text))
+        return sum(not character.isspace() and index not in known for index, character in enumerate(text))
 
     def to_json(self) -> dict[str, Any]:
         return {"type": "file", "tokenizer": self._table, **self._additions}
@@ -149,11 +153,11 @@ class FileTokenizer:
     def _make_plain_library(self, where: str) -> hf.Tokenizer:
         """Return the library that encodes special tokens as text.
 
-        If the vocabulary itself contains their names, these entries get names that no text contains.
+        Special tokens that the vocabulary itself produces from text are renamed to names that no text contains.
         """
         library = _share_library(self._source, where, parse_special=False)
         names = {i: token.content for i, token in library.get_added_tokens_decoder().items() if token.special}
-        names = {i: name for i, name in names.items() if i != find_unknown(self._table)}  # which stands for any text
+        names = {i: name for i, name in names.items() if i != find_unknown(self._table)}  # it represents any text
         encoded = _encode_strictly(library, list(names.values()))
         reached = [name for (i, name), ids in zip(names.items(), encoded, strict=True) if i in ids]
         if not reached:
@@ -180,9 +184,9 @@ class FileTokenizer:
             return f"the vocabulary has no byte tokens: text that it lacks {effect}"
         if self._missing:
             return f"the vocabulary lacks {len(self._missing)} of the {len(IN_UTF8)} byte values of UTF-8: text with them is lost"
-        back = self.decode(self.encode(_PROBE)).removeprefix(" ")
-        if unicodedata.normalize("NFKC", back).casefold() != _PROBE:
-            return f"the vocabulary does not preserve all text: {_PROBE!r} becomes {back!r}"
+        decoded = self.decode(self.encode(_PROBE)).removeprefix(" ")
+        if unicodedata.normalize("NFKC", decoded).casefold() != _PROBE:
+            return f"the vocabulary does not preserve all text: {_PROBE!r} becomes {decoded!r}"
         return None
 
 
@@ -190,8 +194,8 @@ class FileTokenizer:
 def _share_library(source: str, where: str, *, parse_special: bool) -> hf.Tokenizer:
     """Return one shared `tokenizers` object per vocabulary, because each object that has encoded text leaks 5 to 8 MB.
 
-    Workers load or unpickle a tokenizer for every part of a dataset, and would grow by that much each time. There is one
-    object for each value of `parse_special`, so that threads can use both.
+    Workers load or unpickle a tokenizer for every part of a dataset; without sharing, every load would leak that memory.
+    There is one object for each value of `parse_special`, so that threads can use both.
     """
     library = make_library(json.loads(source), where)
     library.encode_special_tokens = not parse_special
@@ -201,10 +205,10 @@ def _share_library(source: str, where: str, *, parse_special: bool) -> hf.Tokeni
 def _measure_added_tokens(library: hf.Tokenizer) -> tuple[list[int], list[int]]:
     """Return the ids that the post-processor adds before and after a text."""
     encoding = library.encode("a")
-    own = [i for i, added in enumerate(encoding.special_tokens_mask) if not added]
-    if not own:  # a text that is lost
+    text_indices = [i for i, added in enumerate(encoding.special_tokens_mask) if not added]
+    if not text_indices:  # the vocabulary cannot encode the text
         return encoding.ids, []
-    return encoding.ids[: own[0]], encoding.ids[own[-1] + 1 :]
+    return encoding.ids[: text_indices[0]], encoding.ids[text_indices[-1] + 1 :]
 
 
 def _select_encoding(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,25 +231,25 @@ def _encode_strictly(library: hf.Tokenizer, texts: Sequence[str]) -> list[np.nda
     return [np.array(encoding.ids, np.int32) for encoding in encoded]
 
 
-def _group_parts(texts: Sequence[str], size: int | None) -> Iterator[list[tuple[int, str]]]:
-    """Yield groups of about _PART characters: parts of all texts in order, each with the index of its text."""
+def _group_parts(texts: Sequence[str], max_characters: int | None) -> Iterator[list[tuple[int, str]]]:
+    """Yield groups of about _PART characters: parts of all texts in order, as (index of the text, part)."""
     group: list[tuple[int, str]] = []
-    length = 0
+    characters = 0
     for index, text in enumerate(texts):
-        for part in _split_text(text, size):
+        for part in _split_text(text, max_characters):
             group.append((index, part))
-            length += len(part)
-            if length >= _PART:
+            characters += len(part)
+            if characters >= _PART:
                 yield group
-                group, length = [], 0
+                group, characters = [], 0
     if group:
         yield group
 
 
-def _split_text(text: str, size: int | None) -> Iterator[str]:
+def _split_text(text: str, max_characters: int | None) -> Iterator[str]:
     start = 0
-    while size is not None and len(text) - start > size:
-        boundary = _WORD_BOUNDARY.search(text, start + size)
+    while max_characters is not None and len(text) - start > max_characters:
+        boundary = _WORD_BOUNDARY.search(text, start + max_characters)
         if boundary is None:
             break
         yield text[start : boundary.start() + 1]

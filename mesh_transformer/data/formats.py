@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Readers of file formats: they yield the texts of one file, line by line or as a whole, and errors."""
+"""Readers of file formats, which yield the texts and errors of one file, line by line or as a whole."""
 
 import io
 import json
@@ -12,7 +12,16 @@ from typing import Any, NamedTuple
 from mesh_transformer.data.compression import COMPRESSED, check_length, read_chunks, split_lines
 from mesh_transformer.data.errors import DataError, DocumentError
 
-Item = tuple[int | None, str | DocumentError]  # line or row, and its text or error
+JSON_TYPES = {  # names for error messages
+    type(None): "null",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+}
+Item = tuple[int | None, str | DocumentError]  # (number of the line or row, or None for the whole file; text or error)
 
 
 class InputFile(NamedTuple):
@@ -21,15 +30,15 @@ class InputFile(NamedTuple):
     path: Path
     compressed: str | None  # suffix in COMPRESSED, or None
     text_key: str
-    max_bytes: int | None  # maximum size of a line; longer lines are errors
+    max_bytes: int | None  # maximum size of a line of JSON; longer lines are errors
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield the decompressed contents."""
+        """Yield the decompressed contents of the file."""
         return read_chunks(self.path, self.compressed)
 
 
 def read_items(file: Path, text_key: str, max_bytes: int | None = None) -> Iterator[Item]:
-    """Yield every item of a file; an error that ends the file is the last one, and a line over `max_bytes` is an error."""
+    """Yield every item of a file. An error that ends the reading is the last item; a line over `max_bytes` is an error."""
     suffixes = [suffix.lower() for suffix in file.suffixes]
     compressed = suffixes[-1] if suffixes and suffixes[-1] in COMPRESSED else None
     suffix = "".join((suffixes[:-1] if compressed else suffixes)[-1:])
@@ -93,7 +102,7 @@ def _read_parquet(file: InputFile) -> Iterator[Item]:
         raise DataError(
             f"{file.path}: reading Parquet needs pyarrow: pip install 'mesh-transformer[parquet]'"
         ) from None
-    text_key, row = file.text_key, 0
+    text_key, row_number = file.text_key, 0
     try:
         table = pyarrow.parquet.ParquetFile(file.path, page_checksum_verification=True)
         names = table.schema_arrow.names
@@ -103,14 +112,14 @@ def _read_parquet(file: InputFile) -> Iterator[Item]:
             )
         for batch in table.iter_batches(batch_size=256, columns=[text_key]):
             for value in batch.column(0):
-                row += 1
-                yield row, _check_value(value, text_key)
-    except (pyarrow.ArrowException, OSError) as error:  # damage raises either; only a system error has an errno
+                row_number += 1
+                yield row_number, _check_value(value, text_key)
+    except (pyarrow.ArrowException, OSError) as error:  # damaged data raises either; only an OS error has an errno
         if getattr(error, "errno", None):
             raise
         detail = " ".join(str(error).split())
         raise DocumentError(
-            "broken Parquet", f"damaged or truncated Parquet file: {detail}; copy it again", row or None
+            "broken Parquet", f"damaged or truncated Parquet file: {detail}; copy it again", row_number or None
         ) from None
 
 
@@ -124,7 +133,7 @@ READERS: dict[str, Callable[[InputFile], Iterator[Item]]] = {
     ".py": _read_python,
 }
 
-# Suffixes of files that are certainly not text, each with a hint for the error message.
+# Suffixes of files that are not text -> description with a fix, for the error message.
 UNSUPPORTED = {
     **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar"), "an archive of files; unpack it first"),
     **dict.fromkeys((".bz2", ".xz", ".lz4", ".br"), "compressed in an unsupported format; use .zst or .gz"),
@@ -153,7 +162,7 @@ def _parse_line(line: bytes, text_key: str) -> str:
         raise DocumentError(
             "broken JSON", f"invalid JSON: {error.msg}, column {error.pos + 1}; each line must be one JSON object"
         ) from None
-    except ValueError as error:  # an integer of thousands of digits
+    except ValueError as error:  # for example, an integer of thousands of digits
         raise DocumentError("broken JSON", f"the JSON cannot be parsed: {error}") from None
     if not isinstance(record, dict):
         kind = {list: "a list", str: "a string", type(None): "null"}.get(type(record), "a number or boolean")
@@ -168,7 +177,7 @@ def _parse_line(line: bytes, text_key: str) -> str:
 def _check_text(text: object, text_key: str) -> str:
     if not isinstance(text, str):
         raise DocumentError(
-            "not text", f"{text_key!r} is {'null' if text is None else type(text).__name__}, expected a string"
+            "not text", f"{text_key!r} is {JSON_TYPES.get(type(text), type(text).__name__)}, expected a string"
         )
     check_characters(text)
     return text
@@ -213,10 +222,10 @@ def decode_python(data: bytes) -> str:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
         return data.decode(encoding)
     except (SyntaxError, LookupError, ValueError) as error:
-        why = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         raise DocumentError(
             "bad encoding",
-            f"cannot be decoded as Python source in UTF-8 or its declared encoding: {why}; convert or remove it",
+            f"cannot be decoded as Python source in UTF-8 or its declared encoding: {reason}; convert or remove it",
         ) from None
 
 

@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Shards -> batches. A batch is a pure function of the data, the seed and the indices of its sequences.
+"""Shards -> batches. A batch is a pure function of the data, the seed and the indices of the batch's sequences.
 
-Sequence j of a dataset is its tokens j T to (j + 1) T, with the same tokens shifted by one as targets (T = seq_len; only
-the last partial sequence is dropped). Sequences are reshuffled in every epoch by Grain. Datasets are mixed in a fixed
-pattern that repeats every MIXTURE_PERIOD sequences and has each dataset's weight exactly (to 1 / MIXTURE_PERIOD). Any
+Sequence j of a dataset has the dataset's tokens j T to (j + 1) T, and as targets the tokens shifted by one (T = seq_len;
+only the last partial sequence is dropped). Sequences are reshuffled in every epoch by Grain. Datasets are mixed in a
+fixed pattern that repeats every MIXTURE_PERIOD sequences and has each dataset's weight to within 1 / MIXTURE_PERIOD. Any
 process can build any part of any batch, so resuming requires only the step.
 """
 
@@ -23,7 +23,7 @@ import numpy as np
 from mesh_transformer.data.errors import DataError
 from mesh_transformer.data.shards import TokenShard
 
-MIXTURE_PERIOD = 4096
+MIXTURE_PERIOD = 4096  # sequences
 
 
 class Batch(NamedTuple):
@@ -73,7 +73,7 @@ class Loader:
                 )
         self._orders = [_make_order(length, seed + i, shuffle) for i, length in enumerate(self.lengths)]
         self._mixture_dataset, self._mixture_rank, self._mixture_count = _make_mixture(self.datasets)
-        # Identity of the data and its order. Runs store its digest, so its form must not change.
+        # Identity of the data and their order. Runs store a digest of it, so the structure of `identity` must not change.
         identity = [
             [
                 (
@@ -90,7 +90,7 @@ class Loader:
         self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
     def batch(self, first: int, size: int, rows: Iterable[int] | None = None) -> Batch:
-        """Return sequences `first` to `first + size` of the run, or only the `rows` of them that this process needs."""
+        """Return sequences `first` to `first + size` of the run, or only the sequences `first + row` for `rows`."""
         wanted = range(size) if rows is None else rows
         return self.read_sequences([self.locate(first + row) for row in wanted])
 
@@ -106,13 +106,13 @@ class Loader:
         return dataset, self._sequence_at(dataset, n)
 
     def epochs(self, n_sequences: int) -> float:
-        """Return the epochs over the most repeated dataset after `n_sequences` sequences of the run."""
+        """Return the number of epochs over the most repeated dataset after `n_sequences` sequences of the run."""
         counts = zip(self._mixture_count, self.lengths, strict=True)
         return max(n_sequences * count / MIXTURE_PERIOD / length for count, length in counts)
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of all datasets."""
+        """Number of tokens in all datasets."""
         return sum(dataset.shard.n_tokens for dataset in self.datasets)
 
     def _sequence_at(self, dataset: int, n: int) -> int:
@@ -135,7 +135,7 @@ class Loader:
 
 
 class PackedSequence(NamedTuple):
-    """One sequence: seq_len + 1 tokens, and the segment and position of the first seq_len of them."""
+    """One sequence: seq_len + 1 tokens, and the segments and positions of the first seq_len tokens."""
 
     tokens: np.ndarray
     segment_ids: np.ndarray
@@ -194,7 +194,7 @@ class Prefetcher:
     """Builds batches in a background thread: `with Prefetcher(loader, calls) as batches: for batch in batches: ...`."""
 
     def __init__(self, loader: Loader, calls: Iterable[tuple[Any, ...]], *, depth: int = 2):
-        """`calls` are the arguments of `loader.batch` for each batch."""
+        """`calls` has the arguments of `loader.batch` for each batch; at most `depth` batches are ready at a time."""
         self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._fill, args=(loader, calls), daemon=True)
@@ -216,7 +216,7 @@ class Prefetcher:
                 if self._closed.is_set():
                     return
             self._put(None)
-        except BaseException as error:  # raised again in the thread that takes the batch
+        except BaseException as error:  # raised again in the thread that takes the batches
             self._put(error)
 
     def _put(self, item: Batch | BaseException | None) -> None:
@@ -239,9 +239,9 @@ def _make_order(length: int, seed: int, shuffle: bool) -> grain.MapDataset:
 
 
 def _make_mixture(mixture: Sequence[Dataset]) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Return the datasets of a period's sequences [MIXTURE_PERIOD], their ranks, and the number of sequences per dataset.
+    """Return datasets [MIXTURE_PERIOD] and ranks [MIXTURE_PERIOD] of a period's sequences, and the number of sequences per dataset.
 
-    The rank of a sequence is its index among the period's sequences of its dataset. Each sequence is assigned to the dataset
+    The rank of a sequence is its index among the period's sequences of the same dataset. Each sequence is assigned to the dataset
     that is furthest below its weight, so that any range of sequences is close to the mixture.
     """
     weights = np.asarray([dataset.weight for dataset in mixture], np.float64)

@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dataset readers: a path in the configuration -> documents, each with a stable name.
 
-File formats by suffix; all but Parquet are also read as `.gz` or `.zst`:
+File formats by suffix; JSON and text files are also read as `.gz` or `.zst`:
 
 - `.jsonl`, `.ndjson`, `.json`: one JSON object per line, with the text under `text_key`; blank lines are ignored;
 - `.parquet`: the column `text_key` (needs pyarrow);
-- `.tfrecords`, and `.index`, a list of them with one path per line: token ids (tfrecords.py);
+- `.tfrecords`: token ids (tfrecords.py); `.index`: a list of .tfrecords files, one path per line;
 - every other file is one document of UTF-8 text; a `.py` file may declare another encoding (PEP 263).
 
 A byte order mark is removed. Text files get Unix line ends (CRLF becomes LF, a lone CR stays); strings inside JSON and
@@ -16,9 +16,10 @@ followed, and each folder is read once.
 
 These are errors: bad UTF-8, a lone surrogate, NUL, JSON that is not an object with text under `text_key`, an archive
 that is truncated, fails its checksum or is followed by other bytes, and any file that cannot be read. They raise
-DataError, or with on_bad="skip" are counted in a SkippedDocuments; complete lines before the damage in an archive are
-used. The checksum of an archive comes after the data it covers: if it fails, damaged lines may be among those already
-used. A .zst without checksums does not reveal every flipped bit: the `zstd` program writes them, libraries often do not.
+DataError; with on_bad="skip", they are counted in a SkippedDocuments instead. Complete lines before damage in an archive
+are used. The checksum of an archive comes after the data it covers: if it fails, damaged lines may be among the lines
+already used. A .zst file without checksums does not reveal every flipped bit; the `zstd` program writes checksums,
+libraries often do not.
 
 The dataset "python-stdlib" is the source code of the running interpreter's standard library, available on every
 machine, without installed packages and tests. A file in it that is not valid text is always skipped and counted.
@@ -45,17 +46,17 @@ _STDLIB_EXCLUDED = {"site-packages", "dist-packages", "__pycache__", "test", "te
 
 
 class Partition(NamedTuple):
-    """A part of a dataset that one worker reads independently, such as a file. All fields enter the cache key."""
+    """A part of a dataset that one worker reads independently, such as a file. The cache key depends on all fields."""
 
     location: str  # path or URL
     n_bytes: int  # used for progress and to balance the work
-    version: int  # changes with the content, such as a modification time
+    version: int  # a number that changes with the content, such as the modification time
 
 
 class ReadOptions(NamedTuple):
     """Options for reading the documents of a dataset."""
 
-    path: str  # of the dataset, as in the configuration
+    path: str  # path of the dataset, as in the configuration
     text_key: str = "text"
     on_bad: OnBad = "error"
 
@@ -65,7 +66,7 @@ class TokenRecord(NamedTuple):
 
     name: str
     tokens: "np.ndarray"
-    location: str  # begins error messages
+    location: str  # file and record, with which error messages begin
 
 
 class DatasetReader(NamedTuple):
@@ -84,7 +85,7 @@ def find_reader(path: str) -> DatasetReader:
 
 
 def list_partitions(path: str) -> list[Partition]:
-    """List the partitions of a dataset. Raises DataError if it does not exist."""
+    """List the partitions of a dataset. Raises DataError if the dataset does not exist."""
     return find_reader(path).list_partitions(path)
 
 
@@ -122,7 +123,7 @@ def find_files(path: str | Path) -> list[Path]:
         if not path.is_dir():
             raise DataError(f"{path}: this is a device or socket; give a file or a folder")
         files = _walk(path)
-        if any(map(is_tfrecords, files)):  # an index next to them is not a document
+        if any(map(is_tfrecords, files)):  # an index next to TFRecords is not a document
             files = [file for file in files if not is_index(file)]
     if not files:
         raise DataError(f"{path}: this folder has no files, apart from hidden ones; add files, or give another path")
@@ -140,7 +141,7 @@ def is_index(path: Path) -> bool:
 
 
 def read_index(path: Path) -> list[Path]:
-    """Read the list of files in an index; relative paths are relative to its folder, or else to the working directory.
+    """Read the list of files in an index; relative paths are relative to the index's folder, or else to the working directory.
 
     Raises DataError, with the line, for a file that does not exist.
     """
@@ -154,11 +155,11 @@ def read_index(path: Path) -> list[Path]:
             if "://" in name:
                 raise DataError(f"{path}:{number}: {name} is a URL; copy it to this machine and give its local path")
             candidates = [path.parent / os.path.expanduser(name), Path(os.path.expanduser(name))]
-            found = next((candidate for candidate in candidates if candidate.is_file()), None)
-            if found is None:
+            file = next((candidate for candidate in candidates if candidate.is_file()), None)
+            if file is None:
                 tried = " and ".join(dict.fromkeys(map(str, candidates)))
                 raise DataError(f"{path}:{number}: no such file: {name} (looked for {tried}); correct the path")
-            files.append(found)
+            files.append(file)
     if not files:
         raise DataError(f"{path}: this index lists no files; write one path per line")
     return files
@@ -181,9 +182,9 @@ def read_documents(
 def read_file(
     file: Path, root: Path, *, text_key: str = "text", on_bad: OnBad = "error", skipped: SkippedDocuments | None = None
 ) -> Iterator[Document]:
-    """Read the documents of one file of `find_files`, to read files in parallel; `root` is from `find_root`.
+    """Read the documents of one of the files that `find_files` lists; `root` is the result of `find_root`.
 
-    Unlike read_documents it may yield nothing: the caller checks that the dataset as a whole is not empty.
+    Unlike `read_documents`, it may yield nothing: the caller checks that the whole dataset is not empty.
     """
     _check_on_bad(on_bad, skipped)
     return _read_one(file, root, text_key, on_bad, SkippedDocuments() if skipped is None else skipped)
@@ -205,16 +206,16 @@ def _suggest(path: Path) -> str:
 
 
 def _walk(root: Path, *, exclude: Set[str] = frozenset({"__pycache__"}), suffix: str = "") -> list[Path]:
-    """List files below `root` whose names end in `suffix`, outside folders named in `exclude`; each folder once."""
-    found: dict[str, Path] = {}
+    """List files below `root` whose names end in `suffix`, outside folders with a name in `exclude`; each folder is listed once."""
+    files_by_name: dict[str, Path] = {}
     visited: set[str] = set()
     for folder, folders, names in os.walk(root, followlinks=True, onerror=_raise_unreadable):
         real = os.path.realpath(folder)
         folders[:] = sorted(n for n in folders if n not in exclude and not n.startswith(".") and real not in visited)
         files = [Path(folder, n) for n in names if not n.startswith(".") and n.endswith(suffix) and real not in visited]
-        found.update((file.relative_to(root).as_posix(), file) for file in files)
+        files_by_name.update((file.relative_to(root).as_posix(), file) for file in files)
         visited.add(real)
-    return [found[name] for name in sorted(found)]
+    return [files_by_name[name] for name in sorted(files_by_name)]
 
 
 def _raise_unreadable(error: OSError) -> None:
@@ -228,8 +229,8 @@ def _read_all(partitions: list[Partition], options: ReadOptions, skipped: Skippe
             count += 1
             yield document
     if not count:
-        why = "; ".join(skipped.summary_lines()) or "only blank lines"
-        raise DataError(f"{options.path}: this dataset has no usable document: {why}")
+        reason = "; ".join(skipped.summary_lines()) or "only blank lines"
+        raise DataError(f"{options.path}: this dataset has no usable document: {reason}")
 
 
 def _read_one(file: Path, root: Path, text_key: str, on_bad: OnBad, skipped: SkippedDocuments) -> Iterator[Document]:
@@ -264,7 +265,7 @@ def _list_files(path: str) -> list[Partition]:
 def _describe_file(file: Path) -> Partition:
     try:
         status = file.stat()
-    except OSError:  # a broken link, for example: the reader reports it
+    except OSError:  # for example, a broken link, which the reader reports
         return Partition(str(file), 0, 0)
     return Partition(str(file), status.st_size, status.st_mtime_ns)
 
@@ -289,6 +290,6 @@ def _is_token_file(partition: Partition) -> bool:
 FILES = DatasetReader(_any_path, _list_files, _read_file_documents, _read_file_tokens, _is_token_file)
 
 # Readers by dataset path; the first that matches is used. To add a kind of dataset that is not files on this machine or
-# in an object store (for example Hugging Face datasets as "hf://NAME"): write its five functions in a module of its own
+# in an object store (for example Hugging Face datasets as "hf://NAME"): write its five functions in a separate module
 # and add a row before FILES. Shards, caching, parallel builds, holdout and evaluation then work unchanged.
 DATASETS: tuple[DatasetReader, ...] = (FILES,)

@@ -8,11 +8,11 @@ validation split is stored as "<name>-heldout".
 
 A dataset's partitions (files) are grouped, in order, into parts of about 32 MB. Each part becomes a small shard under a
 temporary name, and an existing part is not built again. The parts are joined in order, so the result has the same bytes
-for any number of workers and interruptions. Its name contains a digest of everything it depends on: path, size and
-modification time of each file, tokenizer, split and text key.
+for any number of workers and interruptions. The shard's name contains a digest of everything that the shard depends on:
+path, size and modification time of each file, tokenizer, split and text key.
 
-TFRecords already contain tokens. Each record is split after every end-of-text token, and the remainder is a document
-without one. The validation split is by record, named "file name:number".
+TFRecords already contain tokens. Each record is split after every end-of-text token; tokens after the last one are a
+document without an end of text. Whole records are held out, by the name "FILE NAME:RECORD NUMBER".
 """
 
 import fcntl
@@ -41,13 +41,13 @@ from mesh_transformer.data.shards import ShardWriter, TokenShard, is_shard, toke
 from mesh_transformer.data.tfrecords import split_documents
 from mesh_transformer.data.tokenizers import Tokenizer
 
-VERSION = 1  # of the cache's content; changing it rebuilds everything
-PART_BYTES = 32_000_000
-ENCODE_CHARACTERS = 4_000_000  # text passed to the tokenizer in one call
+VERSION = 1  # of the cache's content; a new version rebuilds all shards
+PART_BYTES = 32_000_000  # of source files in a part
+ENCODE_CHARACTERS = 4_000_000  # characters of text passed to the tokenizer in one call
 TRAIN = "train"
-VALIDATION = "heldout"  # as stored on disk
+VALIDATION = "heldout"  # name of the validation split on disk
 SPLITS = (TRAIN, VALIDATION)
-COUNTS = ("documents", "tokens", "bytes", "lost")  # of a split, as stored on disk
+COUNTS = ("documents", "tokens", "bytes", "lost")  # counts of a split, as stored on disk
 
 
 class BuiltShards(NamedTuple):
@@ -57,15 +57,15 @@ class BuiltShards(NamedTuple):
     n_documents: int
     n_tokens: int
     n_bytes: int  # of text, without end-of-text tokens
-    notes: tuple[str, ...]  # skipped documents, and why; lost characters
+    notes: tuple[str, ...]  # skipped documents with their errors, and lost characters
 
 
 class EncodedDocument(NamedTuple):
     """A document as tokens."""
 
     name: str
-    tokens: np.ndarray  # with end of text
-    n_bytes: int  # of its text
+    tokens: np.ndarray  # with the end of text
+    n_bytes: int  # of the document's text
     n_lost: int  # characters that the tokenizer cannot encode
 
 
@@ -95,7 +95,7 @@ def build_shards(
 ) -> dict[str, BuiltShards]:
     """Return the shards of a dataset by split ("train", and "heldout" if `holdout`), from the cache or newly built.
 
-    A path that is the prefix of a shard is used as it is; its text is assumed to have the bytes its tokens decode to.
+    A shard whose prefix is `path` is used unchanged; the size of its text is the size of its decoded tokens.
     A URL is downloaded first. Raises DataError for damaged documents (or counts them, see `on_bad`), for a split
     without documents, and for an object store that cannot be reached.
     """
@@ -125,7 +125,7 @@ def is_validation_document(name: str, holdout: int) -> bool:
 
 
 def _fingerprint(partitions: list[Partition], options: ReadOptions, tokenizer: Tokenizer, holdout: int) -> str:
-    # The order and the form are those of existing caches, which this digest must continue to find.
+    # The order and structure of the digested values must not change: the names of existing caches contain this digest.
     parts = [VERSION, options.path, partitions, tokenizer.fingerprint, options.text_key, holdout, options.on_bad]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
@@ -141,19 +141,19 @@ def _locked(path: Path) -> Iterator[None]:
 def _build(task: ShardTask, workers: int, on_progress: ProgressFn) -> None:
     """Build the shards of a whole dataset at `task.prefix`."""
     base = task.prefix
-    for leftover in base.parent.glob(f"{base.name}-*.tmp-*"):  # of a killed builder: this one holds the lock
+    for leftover in base.parent.glob(f"{base.name}-*.tmp-*"):  # left by a killed process: this process holds the lock
         leftover.unlink()
     parts_dir = base.with_name(base.name + ".parts")
     parts_dir.mkdir(exist_ok=True)
     groups = _group(task.partitions)
     tasks = [task._replace(partitions=group, prefix=parts_dir / f"{i:06d}") for i, group in enumerate(groups)]
-    sizes = [sum(partition.n_bytes for partition in group) for group in groups]
+    group_bytes = [sum(partition.n_bytes for partition in group) for group in groups]
     start, done = time.perf_counter(), 0
     with closing(_run(tasks, workers)) as waits:
-        for size, wait in zip(sizes, waits, strict=True):
+        for n_bytes, wait in zip(group_bytes, waits, strict=True):
             wait()
-            done += size
-            on_progress(done, sum(sizes), time.perf_counter() - start)
+            done += n_bytes
+            on_progress(done, sum(group_bytes), time.perf_counter() - start)
     for split in SPLITS if task.holdout else SPLITS[:1]:
         _join(base, split, [part.prefix for part in tasks], task.tokenizer)
     shutil.rmtree(parts_dir)
@@ -161,13 +161,13 @@ def _build(task: ShardTask, workers: int, on_progress: ProgressFn) -> None:
 
 def _group(partitions: list[Partition]) -> list[list[Partition]]:
     groups: list[list[Partition]] = [[]]
-    size = 0
+    n_bytes = 0
     for partition in partitions:
-        if groups[-1] and size + partition.n_bytes > PART_BYTES:
+        if groups[-1] and n_bytes + partition.n_bytes > PART_BYTES:
             groups.append([])
-            size = 0
+            n_bytes = 0
         groups[-1].append(partition)
-        size += partition.n_bytes
+        n_bytes += partition.n_bytes
     return groups
 
 
@@ -187,7 +187,7 @@ def _run(tasks: list[ShardTask], workers: int) -> Generator[Callable[[], Any], N
         try:
             for future in futures:
                 yield future.result
-        except BaseException:  # a stop, or damaged data: the other results are no longer needed
+        except BaseException:  # a stop request, or damaged data: the other results are not needed
             canceled.set()
             raise
         finally:
@@ -195,7 +195,7 @@ def _run(tasks: list[ShardTask], workers: int) -> Generator[Callable[[], Any], N
 
 
 def end_with_parent(canceled: Event | None = None) -> None:
-    """Make this worker process exit when its parent exits, even by kill -9, or sets `canceled`.
+    """Make this worker process exit when its parent process exits, even by kill -9, or sets `canceled`.
 
     Without this, a worker would continue to write parts.
     """
@@ -211,7 +211,7 @@ def end_with_parent(canceled: Event | None = None) -> None:
 
 
 def _make_part(task: ShardTask) -> None:
-    """Write both splits of one part. Its statistics are written last and mark it as complete."""
+    """Write both splits of one part. The statistics of the part are written last and mark the part as complete."""
     record = Path(f"{task.prefix}.json")
     if record.is_file() and all(is_shard(f"{task.prefix}-{split}") for split in SPLITS):
         return
@@ -241,21 +241,21 @@ def _encode_texts(task: ShardTask, skipped: SkippedDocuments) -> Iterator[Encode
 
 def _batch_texts(task: ShardTask, skipped: SkippedDocuments) -> Iterator[tuple[list[str], list[str]]]:
     reader = find_reader(task.options.path)
-    texts, names, size = [], [], 0
+    texts, names, characters = [], [], 0
     for partition in itertools.filterfalse(reader.holds_tokens, task.partitions):
         for document in reader.read_documents(partition, task.options, skipped):
             texts.append(document.text)
             names.append(document.name)
-            size += len(document.text)
-            if size > ENCODE_CHARACTERS:
+            characters += len(document.text)
+            if characters > ENCODE_CHARACTERS:
                 yield texts, names
-                texts, names, size = [], [], 0
+                texts, names, characters = [], [], 0
     if texts:
         yield texts, names
 
 
 def _split_records(task: ShardTask) -> Iterator[EncodedDocument]:
-    """Yield the documents in TFRecords, with the record's name. Damage is always an error here."""
+    """Yield the documents in TFRecords; each has the name of its record. Damage is an error also with on_bad="skip"."""
     reader = find_reader(task.options.path)
     partitions = list(filter(reader.holds_tokens, task.partitions))
     n_vocab, end_of_text = task.tokenizer.n_vocab, task.tokenizer.end_of_text
@@ -264,7 +264,7 @@ def _split_records(task: ShardTask) -> Iterator[EncodedDocument]:
         if len(record.tokens) and record.tokens.max() >= n_vocab:
             raise DataError(
                 f"{record.location}: token id {record.tokens.max()}, but the tokenizer has {n_vocab:,} entries; set "
-                "data.tokenizer to the one these records were made with (mesh-transformer-jax: GPT-2's)"
+                "data.tokenizer to the tokenizer of these records (mesh-transformer-jax: GPT-2's)"
             )
         for document in split_documents(record.tokens, end_of_text):
             n_bytes = int(lengths[document[document != end_of_text]].sum())
@@ -293,13 +293,11 @@ def _open_built(prefix: Path, path: str, split: str, holdout: int) -> BuiltShard
         if split == VALIDATION:
             raise DataError(
                 f"{path}: the validation split is empty, because data.holdout_one_in={holdout} selected no document; lower "
-                f"it{details}"
+                f"data.holdout_one_in{details}"
             )
-        raise DataError(
-            f"{path}: the training split has no documents; add documents, or raise data.holdout_one_in={holdout} (0: no "
-            f"validation split){details}"
-        )
-    if lost := record.get("lost"):  # older records lack it
+        fix = f", or raise data.holdout_one_in above {holdout}, or set it to 0" if holdout else ""
+        raise DataError(f"{path}: the training split has no documents; add documents{fix}{details}")
+    if lost := record.get("lost"):  # records of older versions have no such count
         notes.append(f"{lost:,} characters are unknown to the tokenizer and missing from the tokens")
     return BuiltShards(prefix, record["documents"], record["tokens"], record["bytes"], tuple(notes))
 
@@ -316,7 +314,7 @@ def _use_shard(prefix: Path, tokenizer: Tokenizer, holdout: int) -> BuiltShards:
         n_bytes += len(
             tokenizer.decode_bytes(token for token in shard.document(index) if token != tokenizer.end_of_text)
         )
-        if index == 1000:  # a sample is enough for a ratio
+        if index == 1000:  # the first 1001 documents are enough for the ratio of bytes to tokens
             n_bytes = n_bytes * shard.n_tokens // int(shard.ends[index])
             break
     return BuiltShards(prefix, shard.n_documents, shard.n_tokens, n_bytes, ())

@@ -9,11 +9,11 @@ A shard is `<prefix>.bin`, the concatenated tokens of all documents, and `<prefi
     u8        token type: 1 uint8, 2 int8, 3 int16, 4 int32, 5 int64, 8 uint16
     u64       N, number of sequences
     u64       M, number of document boundaries
-    i32 [N]   tokens of each sequence
+    i32 [N]   number of tokens of each sequence
     i64 [N]   byte offset of each sequence in .bin
     i64 [M]   boundaries: document j consists of sequences boundary[j] to boundary[j + 1]
 
-ShardWriter writes one sequence per document (M = N + 1), with the end-of-text token at its end, as in Pythia's data.
+ShardWriter writes one sequence per document (M = N + 1), with the end-of-text token at the sequence's end, as in Pythia's data.
 """
 
 import os
@@ -51,14 +51,18 @@ class TokenShard:
             if not path.is_file():
                 raise DataError(f"{path}: no such file, but a shard consists of a .bin and an .idx file; copy both")
         dtype, ends = _read_index(index)
-        size = data.stat().st_size
-        if size % dtype.itemsize or (len(ends) and ends[-1] * dtype.itemsize != size) or (not len(ends) and size):
+        n_bytes = data.stat().st_size
+        if (
+            n_bytes % dtype.itemsize
+            or (len(ends) and ends[-1] * dtype.itemsize != n_bytes)
+            or (not len(ends) and n_bytes)
+        ):
             expected = int(ends[-1]) * dtype.itemsize if len(ends) else 0
             raise DataError(
-                f"{data}: {size:,} bytes, but {index.name} describes {expected:,}; copy or rebuild the shard"
+                f"{data}: {n_bytes:,} bytes, but {index.name} describes {expected:,}; copy or rebuild the shard"
             )
-        self.ends = ends  # [documents]: end of each in tokens of the whole shard
-        self.tokens = np.memmap(data, dtype, "r") if size else np.zeros(0, dtype)  # [tokens]
+        self.ends = ends  # [documents]: number of the shard's tokens up to the end of each document
+        self.tokens = np.memmap(data, dtype, "r") if n_bytes else np.zeros(0, dtype)  # [tokens]
 
     @property
     def n_documents(self) -> int:
@@ -71,7 +75,7 @@ class TokenShard:
         return len(self.tokens)
 
     def document(self, index: int) -> np.ndarray:
-        """Return the tokens of document `index`, including its end of text."""
+        """Return the tokens of document `index`, including the end of text."""
         return self.tokens[int(self.ends[index - 1]) if index else 0 : int(self.ends[index])]
 
     def documents_at(self, positions: np.ndarray) -> np.ndarray:
@@ -95,45 +99,45 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
     if len(raw) != expected:
         raise DataError(f"{path}: {len(raw):,} bytes, but its header describes {expected:,}; copy or rebuild the shard")
     dtype = np.dtype(DTYPES[code])
-    at = HEADER.size
-    sizes = np.frombuffer(raw, "<i4", n_sequences, at).astype(np.int64)
-    offsets = np.frombuffer(raw, "<i8", n_sequences, at + 4 * n_sequences)
-    boundaries = np.frombuffer(raw, "<i8", n_boundaries, at + 12 * n_sequences)
-    ends = np.cumsum(sizes)
-    if (sizes < 0).any() or not np.array_equal(offsets, (ends - sizes) * dtype.itemsize):
+    start = HEADER.size
+    lengths = np.frombuffer(raw, "<i4", n_sequences, start).astype(np.int64)
+    offsets = np.frombuffer(raw, "<i8", n_sequences, start + 4 * n_sequences)
+    boundaries = np.frombuffer(raw, "<i8", n_boundaries, start + 12 * n_sequences)
+    ends = np.cumsum(lengths)
+    if (lengths < 0).any() or not np.array_equal(offsets, (ends - lengths) * dtype.itemsize):
         raise DataError(f"{path}: the sequences have gaps or overlap, but they must be contiguous; rebuild the shard")
     rising = n_boundaries == 0 or (
         boundaries[0] == 0 and boundaries[-1] == n_sequences and (np.diff(boundaries) >= 0).all()
     )
     if not rising or (n_sequences and not n_boundaries):
         raise DataError(f"{path}: document boundaries do not increase from 0 to {n_sequences}; rebuild the shard")
-    last = boundaries[1:][np.diff(boundaries) > 0] - 1  # last sequence of each document that has one
+    last = boundaries[1:][np.diff(boundaries) > 0] - 1  # last sequence of each document that has sequences
     return dtype, ends[last]
 
 
 class ShardWriter:
     """Writes a shard: `with ShardWriter(prefix, dtype) as shard: shard.add(tokens)`.
 
-    The complete files appear when the block ends without an exception.
+    The files appear under their names when the block ends without an exception.
     """
 
     def __init__(self, prefix: str | Path, dtype: np.dtype):
         self.prefix = Path(prefix)
         self.dtype = np.dtype(dtype)
-        self.sizes: list[int] = []
+        self.lengths: list[int] = []  # tokens of each document
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
         self._temporary = Path(f"{prefix}.tmp-{os.getpid()}")
         self._data = open(f"{self._temporary}.bin", "wb")  # noqa: SIM115 (closed in __exit__)
 
     def add(self, tokens: np.ndarray) -> None:
-        """Add a document, including its end of text. Raises DataError if an id does not fit the token type."""
+        """Add a document, including the end of text. Raises DataError if an id does not fit the token type."""
         limits = np.iinfo(self.dtype)
         if len(tokens) and not (limits.min <= tokens.min() and tokens.max() <= limits.max):
             raise DataError(
                 f"{self.prefix}: token id {tokens.max()} does not fit {self.dtype}; use a larger token type"
             )
         self._data.write(np.ascontiguousarray(tokens, self.dtype).tobytes())
-        self.sizes.append(len(tokens))
+        self.lengths.append(len(tokens))
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -147,12 +151,12 @@ class ShardWriter:
         if kind is not None:
             os.unlink(f"{self._temporary}.bin")
             return
-        sizes = np.asarray(self.sizes, "<i4")
-        offsets = (np.cumsum(sizes, dtype="<i8") - sizes) * self.dtype.itemsize
+        lengths = np.asarray(self.lengths, "<i4")
+        offsets = (np.cumsum(lengths, dtype="<i8") - lengths) * self.dtype.itemsize
         with open(f"{self._temporary}.idx", "wb") as index:
-            index.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], len(sizes), len(sizes) + 1))
-            for part in (sizes, offsets.astype("<i8"), np.arange(len(sizes) + 1, dtype="<i8")):
-                index.write(part.tobytes())
+            index.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], len(lengths), len(lengths) + 1))
+            for array in (lengths, offsets.astype("<i8"), np.arange(len(lengths) + 1, dtype="<i8")):
+                index.write(array.tobytes())
             _sync(index)
         # The index is renamed last: without it, the files are not recognized as a shard.
         os.replace(f"{self._temporary}.bin", f"{self.prefix}.bin")

@@ -8,7 +8,7 @@ From a chunk of text, the encoder's input (S = model.seq_len tokens) and the dec
     encoder_tokens  Thank you <X> me to your party <Y> week . <end>
     targets         <X> for inviting <Y> last <end>
 
-The number and the lengths of all of them follow from S, so nothing is padded: with 512, a chunk of 568 tokens gives 512
+The number of spans and all lengths follow from S, so no padding is needed: with S = 512, a chunk of 568 tokens gives 512
 encoder tokens and 114 targets. Sentinels <X>, <Y>, ... are the last rows of the vocabulary in descending order, or a T5
 tokenizer's <extra_id_0>, ... The spans depend on the seed, the sequence's index in its dataset and the epoch, so they
 are the same on every mesh and after a resume, and differ between epochs.
@@ -36,10 +36,10 @@ class SpanCorruption(NamedTuple):
     """Sizes and special tokens of span corruption."""
 
     text_len: int  # tokens of a chunk of text
-    n_noise_tokens: int  # of them, replaced by sentinels
-    n_spans: int  # that the noise tokens form
+    n_noise_tokens: int  # tokens of a chunk that sentinels replace
+    n_spans: int  # number of spans that the noise tokens form
     first_sentinel: int  # token id; the other sentinels have lower ids in descending order
-    decoder_start: int  # the decoder's first input: padding if the tokenizer has it, else the end of text
+    decoder_start: int  # the decoder's first input: the padding token if the tokenizer has one, else the end of text
     end_of_text: int  # ends the encoder's input and the targets
     seed: int
 
@@ -50,7 +50,7 @@ class SpanCorruption(NamedTuple):
 
 
 class SentinelTokenizer:
-    """A tokenizer with sentinels <extra_id_0>, <extra_id_1>, ...: its own, or the last rows of the model's vocabulary."""
+    """A tokenizer with sentinels <extra_id_0>, <extra_id_1>, ...: named in its vocabulary, or the model's last rows."""
 
     def __init__(self, tokenizer: Tokenizer, n_vocab: int):
         """Wrap `tokenizer` for a model with `n_vocab` embedding rows."""
@@ -133,8 +133,8 @@ def make_span_corruption(config: Config, tokenizer: SentinelTokenizer) -> SpanCo
     if n_spans > tokenizer.n_sentinels:
         fix = "lower model.seq_len, or raise data.mean_noise_span_length"
         if not tokenizer.is_named:
-            plain = config.model.n_vocab - tokenizer.n_sentinels
-            fix = f"set model.n_vocab={math.ceil((plain + n_spans) / 64) * 64}, whose last rows are the sentinels"
+            n_without_sentinels = config.model.n_vocab - tokenizer.n_sentinels
+            fix = f"set model.n_vocab={math.ceil((n_without_sentinels + n_spans) / 64) * 64}, whose last rows are the sentinels"
         raise ConfigError(
             f"sequences of model.seq_len={config.model.seq_len} have {n_spans} noise spans, but the vocabulary has "
             f"{tokenizer.n_sentinels} sentinels; {fix}"
@@ -172,7 +172,7 @@ def corrupt_spans(
 
 
 def _divide(rng: np.random.Generator, items: int, parts: int) -> np.ndarray:
-    """Return random lengths of `parts` non-empty runs that divide `items` items."""
+    """Return the random lengths of `parts` non-empty runs into which `items` items are divided."""
     cuts = np.sort(rng.choice(items - 1, parts - 1, replace=False)) + 1
     return np.diff(np.concatenate([[0], cuts, [items]]))
 
@@ -193,7 +193,7 @@ class SpanCorruptionLoader(Loader):
         """`options` are the arguments of Loader; `seq_len` is `corruption.text_len`."""
         super().__init__(datasets, **options)
         self.corruption = corruption
-        identity = [self.fingerprint, corruption, "anew in every pass"]  # stored in runs: the words must not change
+        identity = [self.fingerprint, corruption, "anew in every pass"]  # stored in runs: the text must not change
         self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
     def _sequence_at(self, dataset: int, n: int) -> int:

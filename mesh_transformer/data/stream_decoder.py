@@ -6,9 +6,9 @@ import codecs
 from collections.abc import Iterable
 from typing import Protocol
 
-EACH_BYTE = "replace each byte"  # name of an error handler for UTF-8
-# Replacements of transformers' clean_up_tokenization, in order.
-_CLEANED = (
+EACH_BYTE = "replace each byte"  # name of the error handler below: U+FFFD for each invalid byte
+# Replacements (old, new) of transformers' clean_up_tokenization, in order.
+_REPLACEMENTS = (
     (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"),
     (" n't", "n't"), (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"),
 )  # fmt: skip
@@ -24,20 +24,20 @@ class DecodesTokens(Protocol):
 
     @property
     def clean_up_spaces(self) -> bool:
-        """True if decoding removes spaces before punctuation, as the files of BERT say."""
+        """True if decoding removes spaces before punctuation, as the tokenizer files of BERT require."""
         ...
 
     def decode_bytes(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> bytes:
-        """Return the bytes of ids that do not begin a text; those of consecutive ids can be concatenated."""
+        """Return the bytes of ids that do not begin a text; the bytes of consecutive ids can be concatenated."""
         ...
 
     def decode_first(self, token: int, *, skip_special_tokens: bool = True) -> bytes | None:
-        """Return the bytes of an id that begins a text, or None if it is skipped, so that the next id begins it."""
+        """Return the bytes of an id that begins a text, or None if the id is skipped, so that the next id begins the text."""
         ...
 
 
 class StreamDecoder:
-    """Decodes ids incrementally to complete characters; the texts of all calls together equal that of `decode`.
+    """Decodes ids incrementally to complete characters; the joined texts of all calls equal the text of `decode`.
 
     With `continues`, the ids follow a prompt, so a leading space is kept.
     """
@@ -50,7 +50,7 @@ class StreamDecoder:
         self._clean_up = SpaceCleanUp() if tokenizer.clean_up_spaces else None
 
     def push(self, ids: Iterable[int]) -> str:
-        """Return the characters that are complete with these ids, possibly none."""
+        """Return the characters that `ids` complete, possibly none."""
         rest, data = iter(ids), b""
         while self._starts_text and (token := next(rest, None)) is not None:
             first = self._tokenizer.decode_first(token, skip_special_tokens=self._skip_special_tokens)
@@ -72,37 +72,37 @@ def decode_all(tokenizer: DecodesTokens, ids: Iterable[int], *, skip_special_tok
 
 
 class SpaceCleanUp:
-    """Incremental `clean_up_spaces`: the texts of all calls together equal that of transformers."""
+    """Incremental `clean_up_spaces`: the joined texts of all calls equal the text of transformers."""
 
     def __init__(self) -> None:
-        self._held = ""
+        self._pending = ""
 
     def push(self, text: str) -> str:
         """Return the text that no later text can change."""
-        self._held += text
+        self._pending += text
         cut = self._find_cut()
-        done, self._held = self._held[:cut], self._held[cut:]
+        done, self._pending = self._pending[:cut], self._pending[cut:]
         return clean_up_spaces(done)
 
     def finish(self) -> str:
         """Return the remaining text."""
-        done, self._held = self._held, ""
+        done, self._pending = self._pending, ""
         return clean_up_spaces(done)
 
     def _find_cut(self) -> int:
         """Return the index of the last space before a word that no replacement can span, or 0."""
-        held = self._held
-        for cut in range(len(held) - 3, 0, -1):
-            separate = held[cut] == " " and held[cut - 1] != " " and held[cut : cut + 3] != " ' "
-            if separate and not held[:cut].endswith((" '", " n", " n'")):
+        pending = self._pending
+        for cut in range(len(pending) - 3, 0, -1):
+            separate = pending[cut] == " " and pending[cut - 1] != " " and pending[cut : cut + 3] != " ' "
+            if separate and not pending[:cut].endswith((" '", " n", " n'")):
                 return cut
         return 0
 
 
 def clean_up_spaces(text: str) -> str:
     """Return a text without the spaces that transformers' clean_up_tokenization removes."""
-    for found, replacement in _CLEANED:
-        text = text.replace(found, replacement)
+    for old, new in _REPLACEMENTS:
+        text = text.replace(old, new)
     return text
 
 

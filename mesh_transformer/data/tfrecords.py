@@ -10,7 +10,7 @@ A file is a sequence of records, or a zlib stream (RFC 1950) of them; little-end
     u32       masked CRC-32C of the data
 
 A masked checksum is ((crc >> 15 | crc << 17) + 0xA282EAD8) mod 2^32. mesh-transformer-jax treated a file as zlib if its
-path contained "zstd". This module tests the checksum of the first length instead, so a file may be renamed or moved.
+path contained "zstd". This module tests the checksum of the first record's length instead, so a file may be renamed or moved.
 """
 
 import struct
@@ -24,11 +24,11 @@ from crc32c import crc32c
 
 from mesh_transformer.data.errors import DataError
 
-FEATURE = "text"
+FEATURE_NAME = "text"
 MAX_RECORD_BYTES = 1 << 30
-_CHUNK = 1 << 20
-_NOT_AN_EXAMPLE = f": not a tf.train.Example; give TFRecords of examples with an int64 feature {FEATURE!r}"
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
+_CHUNK_BYTES = 1 << 20
+_NOT_AN_EXAMPLE = f": not a tf.train.Example; give TFRecords of examples with an int64 feature {FEATURE_NAME!r}"
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types of protobuf
 
 
 def read_sequences(path: str | Path) -> Iterator[np.ndarray]:
@@ -51,7 +51,7 @@ def read_sequences(path: str | Path) -> Iterator[np.ndarray]:
 
 
 def split_documents(sequence: np.ndarray, end_of_text: int) -> list[np.ndarray]:
-    """Split a packed sequence after each end of text; the last document may lack one."""
+    """Split a packed sequence after each end of text; the last document may lack an end of text."""
     parts = np.split(sequence, np.flatnonzero(sequence == end_of_text) + 1)
     return [part for part in parts if len(part)]
 
@@ -76,20 +76,20 @@ class _RecordFile:
         """Return the next `count` bytes, or all that remain."""
         if self._inflate is None:
             return self._file.read(count)
-        parts, size = [self._buffer], len(self._buffer)
-        while size < count and (part := self._decompress(self._inflate)):
+        parts, n_bytes = [self._buffer], len(self._buffer)
+        while n_bytes < count and (part := self._decompress(self._inflate)):
             parts.append(part)
-            size += len(part)
+            n_bytes += len(part)
         data = b"".join(parts)
         self._buffer = data[count:]
         return data[:count]
 
     def _decompress(self, inflate: "zlib._Decompress") -> bytes:
-        """Return more bytes; none at the end of a complete stream."""
+        """Return the next decompressed bytes, or b"" at the end of a complete stream."""
         while not inflate.eof:
-            chunk = inflate.unconsumed_tail or self._file.read(_CHUNK)
+            chunk = inflate.unconsumed_tail or self._file.read(_CHUNK_BYTES)
             try:
-                data = inflate.decompress(chunk, _CHUNK)
+                data = inflate.decompress(chunk, _CHUNK_BYTES)
             except zlib.error as error:
                 raise _RecordError(f"the zlib stream is damaged: {error}; copy the file again") from None
             if data:
@@ -102,7 +102,7 @@ class _RecordFile:
 
 
 def _read_record(records: _RecordFile) -> bytes | None:
-    """Return the data of the next record after checking both checksums; None at the end."""
+    """Return the data of the next record after a check of both checksums; None at the end of the file."""
     head = records.read(12)
     if not head:
         return None
@@ -138,11 +138,11 @@ def _parse_example(data: bytes) -> np.ndarray:
             parts = {number: value for number, wire, value in _fields(entry, "a feature") if wire == _BYTES}
             name = bytes(parts.get(1, b"")).decode("utf-8", "backslashreplace")
             names.append(name)
-            if name == FEATURE:
+            if name == FEATURE_NAME:
                 feature = parts.get(2, b"")
     if feature is None:
         raise _RecordError(
-            f"the example has no feature {FEATURE!r} with token ids; its features: {', '.join(map(repr, names)) or 'none'}"
+            f"the example has no feature {FEATURE_NAME!r} with token ids; its features: {', '.join(map(repr, names)) or 'none'}"
         )
     return _parse_feature(feature)
 
@@ -150,17 +150,17 @@ def _parse_example(data: bytes) -> np.ndarray:
 def _parse_feature(feature: bytes) -> np.ndarray:
     """Parse Feature { oneof BytesList = 1, FloatList = 2, Int64List = 3 }, Int64List { repeated int64 value = 1 }."""
     lists: list[bytes] = []
-    for number, wire, value in _fields(feature, f"feature {FEATURE!r}"):
+    for number, wire, value in _fields(feature, f"feature {FEATURE_NAME!r}"):
         kind = {1: "bytes (text?)", 2: "floats", 3: "int64"}.get(number, f"field {number}")
         if number != 3 or wire != _BYTES:
-            raise _RecordError(f"feature {FEATURE!r} holds {kind} of wire type {wire}, expected a list of int64")
+            raise _RecordError(f"feature {FEATURE_NAME!r} holds {kind} of wire type {wire}, expected a list of int64")
         lists.append(value)
     parts = []
     for values in lists:
         for number, wire, value in _fields(values, "the list"):
             if number != 1 or wire not in (_BYTES, _VARINT):
                 raise _RecordError(
-                    f"the list of feature {FEATURE!r} has field {number} of wire type {wire}, expected field 1 with int64"
+                    f"the list of feature {FEATURE_NAME!r} has field {number} of wire type {wire}, expected field 1 with int64"
                 )
             parts.append(value)
     return _decode_varints(b"".join(parts))
@@ -195,7 +195,7 @@ def _fields(data: bytes, context: str) -> Iterator[tuple[int, int, bytes]]:
 
 
 def _read_varint(data: bytes, at: int, context: str) -> tuple[int, int]:
-    """Return a number and the offset after it."""
+    """Return the varint at offset `at` and the offset after it."""
     value = 0
     for shift in range(0, 70, 7):
         if at + shift // 7 >= len(data):
@@ -218,9 +218,9 @@ def _decode_varints(data: bytes) -> np.ndarray:
     if len(lengths) and lengths.max() > 5:
         raise _RecordError("a token id is negative or does not fit in 32 bits; write ids from 0 to 2^32 - 1")
     tokens = np.zeros(len(ends), np.uint64)
-    wide = np.concatenate([values & 127, np.zeros(5, np.uint8)]).astype(np.uint64)
-    for i in range(int(lengths.max()) if len(lengths) else 0):  # the i-th byte of each number
-        tokens |= np.where(lengths > i, wide[starts + i], 0) << np.uint64(7 * i)
+    bits = np.concatenate([values & 127, np.zeros(5, np.uint8)]).astype(np.uint64)
+    for i in range(int(lengths.max()) if len(lengths) else 0):  # byte i of each number
+        tokens |= np.where(lengths > i, bits[starts + i], 0) << np.uint64(7 * i)
     if len(tokens) and tokens.max() > 0xFFFFFFFF:
         raise _RecordError("a token id is negative or does not fit in 32 bits; write ids from 0 to 2^32 - 1")
     return tokens.astype(np.uint32)

@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bytes of each token, from which texts are decoded one token at a time.
 
-The decoders of Hugging Face `tokenizers` take all tokens of a text at once. All of them but two concatenate the texts of
-the tokens, of which only the first in a text is different: it lacks its leading space ("\u2581the" in a text of T5, "the" in
-one of BERT). So the text of a token follows from the decoder's output for the token alone and after another token. The
-two exceptions work on bytes, which need not be UTF-8 before the next token: ByteLevel (GPT-2) and ByteFallback (Llama).
+The decoders of Hugging Face `tokenizers` take all tokens of a text at once. All decoders but two concatenate the texts of
+the tokens, and only the first token of a text differs: it loses its leading space ("\u2581the" in T5, "the" in BERT). So the
+text of a token follows from the decoder's output for the token alone and after another token. The two exceptions,
+ByteLevel (GPT-2) and ByteFallback (Llama), concatenate bytes; the bytes of one token may be invalid UTF-8.
 """
 
 import re
@@ -15,7 +15,7 @@ from typing import Any
 import tokenizers as hf
 
 IN_UTF8 = frozenset({*range(256)} - {0xC0, 0xC1, *range(0xF5, 0x100)})  # bytes that occur in some valid text
-_ANCHOR = "a"  # a token that all decoders leave as it is
+_ANCHOR = "a"  # a token that all decoders leave unchanged
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -31,16 +31,16 @@ class TokenBytes:
         self._decoder: Any = library.decoder
         self._alphabet = make_byte_alphabet() if find_entry(table.get("decoder"), "type", "ByteLevel") else None
         self._byte_fallback = find_entry(table.get("decoder"), "type", "ByteFallback")
-        self._known: dict[tuple[int, bool], bytes] = {}
+        self._cache: dict[tuple[int, bool], bytes] = {}
 
     def find(self, token: int, *, first: bool = False) -> bytes | None:
         """Return the bytes of an id, with `first` at the start of a text; None for an id outside the vocabulary."""
         key = token, first
-        if key not in self._known:
+        if key not in self._cache:
             if token not in self._tokens:
                 return None
-            self._known[key] = self._decode(self._tokens[token], token in self._added, first)
-        return self._known[key]
+            self._cache[key] = self._decode(self._tokens[token], token in self._added, first)
+        return self._cache[key]
 
     def _decode(self, name: str, is_added: bool, first: bool) -> bytes:
         if self._alphabet is not None:
@@ -49,7 +49,7 @@ class TokenBytes:
             return bytes(self._alphabet[character] for character in name)
         if self._byte_fallback and _BYTE_TOKEN.fullmatch(name) and not (first and name == "<0x20>"):
             return bytes([int(name[3:5], 16)])
-        if self._decoder is None:  # `tokenizers` then puts spaces between the tokens
+        if self._decoder is None:  # without a decoder, `tokenizers` puts spaces between the tokens
             return name.encode() if first else f" {name}".encode()
         if first:
             return self._decoder.decode([name]).encode()
@@ -57,7 +57,7 @@ class TokenBytes:
 
 
 def find_missing_bytes(table: Mapping[str, Any]) -> frozenset[int] | None:
-    """Return the bytes of UTF-8 that a vocabulary lacks; None for one of characters or words, without byte tokens."""
+    """Return the bytes of UTF-8 that a vocabulary lacks; None for a vocabulary of characters or words, without byte tokens."""
     vocabulary = table["model"]["vocab"]
     names = {entry[0] for entry in vocabulary} if isinstance(vocabulary, list) else vocabulary.keys()
     if find_entry([table.get("normalizer"), table.get("pre_tokenizer")], "type", "ByteLevel"):

@@ -2,16 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads the tokenizer of a Hugging Face model folder: its vocabulary, and the additions in its other files.
 
-The vocabulary is read from the first of these that the folder has:
+The vocabulary is read from the first of these files that the folder has:
 
-- tokenizer.json. It is used as it is. (AutoTokenizer of transformers 5 builds some classes from the vocabulary alone,
-  with the pre-tokenizer of the class that tokenizer_config.json names, which may be another one than the file's.)
-- vocab.json with merges.txt, of GPT-2 or Qwen2; vocab.txt, of BERT: completed as their classes in transformers do.
-- The vocabulary files of any other class, such as SentencePiece's and tiktoken's: transformers converts them.
+- tokenizer.json, which is used unchanged. (AutoTokenizer of transformers 5 builds some classes from the vocabulary alone,
+  with the pre-tokenizer of the class that tokenizer_config.json names, which may differ from the pre-tokenizer of the file.)
+- vocab.json with merges.txt of GPT-2 or Qwen2, or vocab.txt of BERT, completed as by their classes in transformers.
+- The vocabulary files of any other class, such as SentencePiece's and tiktoken's, which transformers converts.
 
-Other files add to it, as in transformers: tokens in tokenizer_config.json or added_tokens.json that the vocabulary lacks,
-special tokens named in tokenizer_config.json or special_tokens_map.json, and the end of text: the eos_token there, else
-the eos_token_id in config.json. `FolderTokenizer.additions` has all of them, as a checkpoint stores them.
+Other files add to the vocabulary, as in transformers: tokens in tokenizer_config.json or added_tokens.json that the
+vocabulary lacks, special tokens named in tokenizer_config.json or special_tokens_map.json, and the end of text: the
+eos_token in these files, else the eos_token_id in config.json. `FolderTokenizer.additions` has all additions, as a
+checkpoint stores them.
 """
 
 import json
@@ -40,19 +41,26 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token",
 CONFIG_FILES = (CONFIG, SPECIAL_TOKENS_MAP, ADDED_TOKENS, MODEL_CONFIG)
 _BYTE_LEVEL = {"GPT2Tokenizer", "Qwen2Tokenizer"}
 _BERT = {"BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer"}
-_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json", ".model", ".tiktoken")  # ends of names
+_VOCABULARIES = (
+    "tokenizer.json",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+    ".model",
+    ".tiktoken",
+)  # ends of file names
 
 
 class FolderTokenizer(NamedTuple):
     """The vocabulary of a model folder, and the additions in its other files."""
 
-    table: dict[str, Any]  # in the form of a tokenizer.json
-    additions: dict[str, Any]  # end_of_text, added_tokens, post_processor, clean_up_tokenization_spaces: where needed
-    where: Path  # of the vocabulary, for error messages
+    table: dict[str, Any]  # content of a tokenizer.json
+    additions: dict[str, Any]  # some of end_of_text, added_tokens, post_processor, clean_up_tokenization_spaces
+    where: Path  # path of the vocabulary, for error messages
 
 
 def read_folder(folder: Path) -> FolderTokenizer:
-    """Read the tokenizer of a folder. Raises TokenizerError if it has none, or its files are damaged."""
+    """Read the tokenizer of a folder. Raises TokenizerError if the folder has no tokenizer, or the files are damaged."""
     config = read_optional(folder / CONFIG)
     name = _find_class(folder, config)
     if (folder / "tokenizer.json").is_file():
@@ -78,12 +86,12 @@ def read_folder(folder: Path) -> FolderTokenizer:
 
 
 def holds_vocabulary(names: Iterable[str]) -> bool:
-    """Return whether a folder with files of these names has a tokenizer."""
+    """Return whether a folder with files of the given names has a tokenizer."""
     return any(name.endswith(_VOCABULARIES) for name in names)
 
 
 def is_tokenizer_file(name: str) -> bool:
-    """Return whether `read_folder` may read a file of this name."""
+    """Return whether `read_folder` may read a file with the given name."""
     return name in CONFIG_FILES or name.endswith((*_VOCABULARIES, "merges.txt"))
 
 
@@ -95,10 +103,10 @@ def read_additions(folder: Path, table: Mapping[str, Any], where: Path) -> dict[
     config = read_optional(folder / CONFIG)
     files = {CONFIG: config, SPECIAL_TOKENS_MAP: read_optional(folder / SPECIAL_TOKENS_MAP)}
     library = make_library(table, str(where))
-    before = json.loads(library.to_str())["added_tokens"]
+    known = json.loads(library.to_str())["added_tokens"]
     for token in _list_tokens(table, files, read_optional(folder / ADDED_TOKENS)):
         library.add_tokens([token])
-    added = [token for token in json.loads(library.to_str())["added_tokens"] if token not in before]
+    added = [token for token in json.loads(library.to_str())["added_tokens"] if token not in known]
     ids = library.get_vocab(with_added_tokens=True)
     end = name_special_tokens(files).get("eos_token")
     if end not in ids:
@@ -131,7 +139,7 @@ def token_ids(table: Mapping[str, Any]) -> dict[str, int]:
 
 
 def read_optional(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file, or an empty one if the file does not exist. Raises TokenizerError."""
+    """Return the JSON object in a file, or an empty object if the file does not exist. Raises TokenizerError."""
     return read_json(path) if path.is_file() else {}
 
 
@@ -151,7 +159,7 @@ def convert_with_transformers(folder: Path) -> tuple[dict[str, Any], str | None]
             str(folder), local_files_only=True, trust_remote_code=False
         )
         table = json.loads(tokenizer.backend_tokenizer.to_str())
-    except Exception as error:  # its type depends on the tokenizer class
+    except Exception as error:  # the type of the error depends on the tokenizer class
         raise TokenizerError(
             f"{folder}: transformers cannot convert this vocabulary: {' '.join(str(error).split())}; add a "
             "tokenizer.json"
@@ -160,7 +168,7 @@ def convert_with_transformers(folder: Path) -> tuple[dict[str, Any], str | None]
 
 
 def _find_class(folder: Path, config: Mapping[str, Any]) -> str:
-    """Return the name of the tokenizer's class in transformers, without Fast."""
+    """Return the name of the tokenizer's class in transformers, without the suffix "Fast"."""
     model = read_optional(folder / MODEL_CONFIG)
     name = config.get("tokenizer_class") or model.get("tokenizer_class")
     if name and not name.startswith("PreTrainedTokenizer"):
@@ -171,21 +179,23 @@ def _find_class(folder: Path, config: Mapping[str, Any]) -> str:
 
 
 def _merge_config(files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return tokenizer_config.json, and over it special_tokens_map.json where the former has no added_tokens_decoder."""
-    found = dict(files.get(CONFIG, {}))
-    return found if "added_tokens_decoder" in found else found | dict(files.get(SPECIAL_TOKENS_MAP, {}))
+    """Return tokenizer_config.json; without an added_tokens_decoder, special_tokens_map.json overrides its values."""
+    config = dict(files.get(CONFIG, {}))
+    return config if "added_tokens_decoder" in config else config | dict(files.get(SPECIAL_TOKENS_MAP, {}))
 
 
 def _list_tokens(
     table: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]], added_tokens: Mapping[str, int]
 ) -> Iterator[hf.AddedToken]:
-    """Yield the tokens that transformers adds to a vocabulary, in its order (TokenizersBackend.__init__)."""
+    """Yield the tokens that transformers adds to a vocabulary, in the order of TokenizersBackend.__init__."""
     merged = _merge_config(files)
     extra = merged.get("extra_special_tokens") or merged.get("additional_special_tokens") or []
     extra = list(extra.values()) if isinstance(extra, dict) else extra
-    further = {name: value for name, value in merged.items() if name.endswith("_token") and name not in NAMED_TOKENS}
+    other_named = {
+        name: value for name, value in merged.items() if name.endswith("_token") and name not in NAMED_TOKENS
+    }
     named = [merged[name] for name in NAMED_TOKENS if merged.get(name)]
-    named += [value for value in further.values() if isinstance(value, str)]
+    named += [value for value in other_named.values() if isinstance(value, str)]
     special = {_content(token) for token in [*named, *extra]}
     known = {token["content"] for token in list_added(table)}
     if "added_tokens_decoder" in merged:
@@ -218,7 +228,7 @@ def _make_token(token: Any, special: bool) -> hf.AddedToken:
 
 
 def _make_post_processor(folder: Path, table: Mapping[str, Any], additions: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the post-processor that adds the bos and eos tokens that tokenizer_config.json requests, or nothing."""
+    """Return {"post_processor": ...} with the bos and eos tokens that tokenizer_config.json requests, or an empty dict."""
     config = read_optional(folder / CONFIG)
     names = name_special_tokens({CONFIG: config, SPECIAL_TOKENS_MAP: read_optional(folder / SPECIAL_TOKENS_MAP)})
     before = names.get("bos_token", "<|endoftext|>") if config.get("add_bos_token") else None
@@ -230,7 +240,7 @@ def _make_post_processor(folder: Path, table: Mapping[str, Any], additions: Mapp
 
 
 def _find_by_id(library: hf.Tokenizer, wanted: Any) -> str | None:
-    """Return the special token with the id `wanted`, or its first id if it is a list; None for an ordinary token."""
+    """Return the special token with the id `wanted`, or with the first id of a list; None for an ordinary token."""
     first = wanted[0] if isinstance(wanted, list) and wanted else wanted
-    found = library.get_added_tokens_decoder().get(first) if isinstance(first, int) else None
-    return found.content if found is not None and found.special else None
+    token = library.get_added_tokens_decoder().get(first) if isinstance(first, int) else None
+    return token.content if token is not None and token.special else None

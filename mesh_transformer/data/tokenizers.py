@@ -7,17 +7,18 @@ them, with these differences:
 
 - By default, text never becomes a special token: "<|endoftext|>" in a document is encoded as its characters; to end a
   document, append the id `end_of_text`. `encode(..., parse_special=True)` gives the ids of transformers.
-- An id outside the vocabulary (models may have more rows than tokens) decodes to U+FFFD; in transformers, to nothing.
+- An id outside the vocabulary (models may have more embedding rows than tokens) decodes to U+FFFD; in transformers, to nothing.
 - In a run of byte tokens, valid UTF-8 decodes to its characters and every other byte to U+FFFD; in transformers, the whole
-  run decodes to U+FFFD if any of it is invalid.
+  run decodes to U+FFFD if any part of the run is invalid.
 - An ordinary added token of a byte-level vocabulary decodes to itself; in transformers, a token such as "\u00e9" decodes to
   U+FFFD.
 
 A vocabulary that cannot encode every text (T5's, BERT's) is `lossy`, and `loss` describes its effect.
-`fingerprint` is a digest of the files' content, so it is the same with every version of `tokenizers`.
+`fingerprint` is a digest of the content of the tokenizer's files, so it is the same with every version of `tokenizers`.
 """
 
 import difflib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -41,7 +42,7 @@ class Tokenizer(Protocol):
 
     @property
     def n_base_vocab(self) -> int:
-        """One more than the largest id that is not an added token, such as padding: the rows that a model must have."""
+        """One more than the largest id that is not an added token (such as padding): the embedding rows that a model must have."""
         ...
 
     @property
@@ -66,7 +67,7 @@ class Tokenizer(Protocol):
 
     @property
     def loss(self) -> str | None:
-        """Description of the text that the vocabulary cannot encode and the effect on it; None if it encodes every text."""
+        """Description of the text that the vocabulary cannot encode, and of the effect on that text; None without loss."""
         ...
 
     @property
@@ -76,13 +77,13 @@ class Tokenizer(Protocol):
 
     @property
     def clean_up_spaces(self) -> bool:
-        """True if decoding removes spaces before punctuation, as the files of BERT say."""
+        """True if decoding removes spaces before punctuation, as the tokenizer files of BERT require."""
         ...
 
     def encode(self, text: str, *, add_special_tokens: bool = False, parse_special: bool = False) -> list[int]:
         """Return the ids of a text. Raises TokenizerError at lone surrogates.
 
-        With `add_special_tokens`, the tokens that the tokenizer's files add before and after a text are added. With
+        With `add_special_tokens`, the ids include the tokens that the tokenizer's files add before and after a text. With
         `parse_special`, special tokens written in the text become their ids; otherwise they are encoded as text.
         """
         ...
@@ -96,11 +97,11 @@ class Tokenizer(Protocol):
         ...
 
     def decode_bytes(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> bytes:
-        """Return the bytes of ids that do not begin a text; those of consecutive ids can be concatenated."""
+        """Return the bytes of ids that do not begin a text; the bytes of consecutive ids can be concatenated."""
         ...
 
     def decode_first(self, token: int, *, skip_special_tokens: bool = True) -> bytes | None:
-        """Return the bytes of an id that begins a text, or None if it is skipped, so that the next id begins it."""
+        """Return the bytes of an id that begins a text, or None if the id is skipped, so that the next id begins the text."""
         ...
 
     def count_lost(self, text: str, ids: np.ndarray) -> int:
@@ -151,7 +152,7 @@ class ByteTokenizer:
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """Load a tokenizer: "bytes", a tokenizer.json, or a folder with the files of one (tokenizer_files.py).
+    """Load a tokenizer: "bytes", a tokenizer.json, or a folder with the files of a tokenizer (tokenizer_files.py).
 
     For a folder, the special tokens in its other files are used as well; for a file, only that file is read.
 
@@ -180,4 +181,6 @@ def tokenizer_from_json(record: Mapping[str, Any], *, where: str = "checkpoint")
     if record.get("type") == "file" and isinstance(record.get("tokenizer"), dict):
         additions = {name: value for name, value in record.items() if name not in ("type", "tokenizer")}
         return FileTokenizer(record["tokenizer"], additions, where=where)
-    raise TokenizerError(f"{where}: the stored tokenizer has type {record.get('type')!r}; supported types: bytes, file")
+    raise TokenizerError(
+        f"{where}: the stored tokenizer has type {json.dumps(record.get('type'))}; supported types: bytes, file"
+    )

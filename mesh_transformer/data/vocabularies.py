@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Functions on the contents of a tokenizer.json: reading, validation, properties and changes."""
+"""Functions on the content of a tokenizer.json: reading, validation, properties and changes."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 import tokenizers as hf
 
-# End-of-text tokens, of which the first in a vocabulary is used: GPT-2 and derivatives, Llama 3, Llama, Gemma.
+# End-of-text tokens: GPT-2 and derivatives, Llama 3, Llama, Gemma. The first token that a vocabulary has is used.
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 _UNREACHABLE = "\ufdd0"  # a Unicode noncharacter, which no text contains
 
@@ -29,7 +29,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise TokenizerError(f"{path}: cannot be read: {error.strerror}") from None
     if not isinstance(table, dict):
-        raise TokenizerError(f"{path}: got a JSON {type(table).__name__}, expected an object; copy the file again")
+        raise TokenizerError(f"{path}: got {json.dumps(table)[:60]}, expected a JSON object; copy the file again")
     return table
 
 
@@ -59,10 +59,10 @@ def make_library(table: Mapping[str, Any], where: str) -> hf.Tokenizer:
 
 
 def find_end_of_text(table: Mapping[str, Any], vocabulary: Mapping[str, int]) -> str | None:
-    """Return the end-of-text token of a tokenizer.json by its name, or None."""
+    """Return the first token of END_OF_TEXT that a tokenizer.json has, or None."""
     special = {token["content"] for token in list_added(table) if token["special"]}
     for name in END_OF_TEXT:
-        # An ordinary token "</s>" is HTML. GPT-2's own vocabulary does not mark its end of text as special.
+        # An ordinary token "</s>" is HTML. The vocabulary of GPT-2 does not mark its end of text as special.
         if name in special or (name == END_OF_TEXT[0] and name in vocabulary):
             return name
     return None
@@ -73,8 +73,12 @@ def can_split(table: Mapping[str, Any]) -> bool:
 
     True only for pre-tokenizers and normalizers like GPT-2's, for which this is known.
     """
-    before, normalizer = table.get("pre_tokenizer") or {}, table.get("normalizer") or {"type": "NFC"}
-    plain = before.get("type") == "ByteLevel" and before.get("use_regex", True) and not before.get("add_prefix_space")
+    pre_tokenizer, normalizer = table.get("pre_tokenizer") or {}, table.get("normalizer") or {"type": "NFC"}
+    plain = (
+        pre_tokenizer.get("type") == "ByteLevel"
+        and pre_tokenizer.get("use_regex", True)
+        and not pre_tokenizer.get("add_prefix_space")
+    )
     ordinary = [token for token in list_added(table) if not token["special"]]
     return bool(plain) and normalizer["type"] == "NFC" and all(token["content"].isspace() for token in ordinary)
 
@@ -113,7 +117,7 @@ def make_added_token(name: str, token: int) -> dict[str, Any]:
 
 
 def rename_tokens(table: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Return a tokenizer.json for encoding in which these tokens have names that no text contains."""
+    """Return a tokenizer.json for encoding in which the tokens `names` have names that no text contains."""
     new = {name: _UNREACHABLE + name for name in names}
     model = dict(table["model"])
     if isinstance(model["vocab"], list):

@@ -9,7 +9,7 @@ from typing import Any
 from mesh_transformer.data.vocabularies import TokenizerError, make_added_token, read_json
 
 _GPT2_END = "<|endoftext|>"
-# Of Qwen2Tokenizer: words, single digits, punctuation, line ends, spaces.
+# Pattern of Qwen2Tokenizer: words, single digits, punctuation, line ends, spaces.
 _QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -18,29 +18,29 @@ _QWEN2_PATTERN = (
 def read_byte_level(folder: Path, class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Read the vocab.json and merges.txt of GPT2Tokenizer or Qwen2Tokenizer; `config` is tokenizer_config.json."""
     vocabulary = read_json(folder / "vocab.json")
-    level = dict(
+    byte_level = dict(
         type="ByteLevel", add_prefix_space=bool(config.get("add_prefix_space")), trim_offsets=True, use_regex=True
     )
-    normalizer, before = None, level
+    normalizer, pre_tokenizer = None, byte_level
     if class_name == "Qwen2Tokenizer":
         split = dict(type="Split", pattern={"Regex": _QWEN2_PATTERN}, behavior="Isolated", invert=False)
-        normalizer, before = (
+        normalizer, pre_tokenizer = (
             {"type": "NFC"},
-            {"type": "Sequence", "pretokenizers": [split, level | {"use_regex": False}]},
+            {"type": "Sequence", "pretokenizers": [split, byte_level | {"use_regex": False}]},
         )
     return {
         "version": "1.0",
         "added_tokens": [make_added_token(token, vocabulary[token]) for token in [_GPT2_END] if token in vocabulary],
         "normalizer": normalizer,
-        "pre_tokenizer": before,
+        "pre_tokenizer": pre_tokenizer,
         "post_processor": None,
-        "decoder": level,
+        "decoder": byte_level,
         "model": {"type": "BPE", "vocab": vocabulary, "merges": _read_merges(folder / "merges.txt")},
     }
 
 
 def read_bert(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the vocab.txt of BertTokenizer, one token a line; `config` is tokenizer_config.json."""
+    """Read the vocab.txt of BertTokenizer, one token per line; `config` is tokenizer_config.json."""
     path = folder / "vocab.txt"
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -79,7 +79,7 @@ def read_bert(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_affix_processor(ids: Mapping[str, int], before: str | None, after: str | None) -> dict[str, Any]:
-    """Return the post-processor of a tokenizer.json that puts a token before and after a text, where given."""
+    """Return the post-processor of a tokenizer.json that puts the tokens `before` and `after` around a text, if given."""
 
     def affix(name: str | None, sequence: int) -> list[dict[str, Any]]:
         return [] if name is None else [{"SpecialToken": {"id": name, "type_id": sequence}}]

@@ -3,11 +3,11 @@
 """Start-up of a multi-process run: detect the coordinator and the process index, connect, and disconnect together.
 
 Every host of a run starts the same command, and `join_processes` connects the processes. A process takes its
-configuration from the first of these that is present:
+configuration from the first of these sources that is present:
 
     [mesh] coordinator, processes, process_id    in the file or by --set
     JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID    in the environment
-    Slurm, Open MPI, Cloud TPU on Kubernetes     by their environment variables, which jax.distributed reads
+    Slurm, Open MPI, Cloud TPU on Kubernetes     in their environment variables, which jax.distributed reads
     mesh.processes = "auto"                      jax.distributed detects the cluster (Cloud TPU VMs)
 
 Without any of these, the run has one process. watchdog.py ends the run if a process is lost.
@@ -26,7 +26,7 @@ from mesh_transformer.config import ConfigError, MeshConfig
 from mesh_transformer.distributed import coordination
 from mesh_transformer.distributed.watchdog import Watchdog
 
-VARIABLES = {  # environment variables of the fields of [mesh]
+VARIABLES = {  # field of [mesh] -> environment variable
     "coordinator": "JAX_COORDINATOR_ADDRESS",
     "processes": "JAX_NUM_PROCESSES",
     "process_id": "JAX_PROCESS_ID",
@@ -35,7 +35,7 @@ START_SECONDS = 300  # time limit for all processes to connect
 
 
 class ProcessConfig(NamedTuple):
-    """Arguments of jax.distributed.initialize; None where JAX detects the value."""
+    """Arguments of jax.distributed.initialize; None for a value that JAX detects."""
 
     coordinator: str | None
     processes: int | None
@@ -43,7 +43,7 @@ class ProcessConfig(NamedTuple):
 
 
 def detect_process(config: MeshConfig, environment: Mapping[str, str]) -> ProcessConfig | None:
-    """Return this process's configuration by the rules of this module; None for a single process. Raises ConfigError."""
+    """Return this process's configuration by the rules of this module; None for a run of one process. Raises ConfigError."""
     coordinator = config.coordinator or environment.get(VARIABLES["coordinator"], "")
     processes = config.processes or _read_number(environment, VARIABLES["processes"])
     process_id = (
@@ -83,7 +83,7 @@ def detect_process(config: MeshConfig, environment: Mapping[str, str]) -> Proces
 
 
 def _origin(config: MeshConfig, field: str) -> str:
-    """Return the name under which the value of a field was given: a key of the configuration or an environment variable."""
+    """Return the key of the configuration or the environment variable that gave the value of a field."""
     return VARIABLES[field] if getattr(config, field) in ("", None) else f"mesh.{field}"
 
 
@@ -104,9 +104,9 @@ def _has_cluster_launcher(environment: Mapping[str, str]) -> bool:
 
 @contextlib.contextmanager
 def join_processes(config: MeshConfig) -> Iterator[None]:
-    """Connect to the other processes of the run, if any, and disconnect with them at exit; call before other JAX work.
+    """Connect to the other processes of the run, if any, and disconnect together at exit; enter before other JAX work.
 
-    An error inside the context ends the other processes too, and they print it. Raises ConfigError, and RuntimeError
+    An error inside the context also ends the other processes, which print the error. Raises ConfigError, and RuntimeError
     if the processes cannot connect.
     """
     process = detect_process(config, os.environ)
@@ -115,7 +115,7 @@ def join_processes(config: MeshConfig) -> Iterator[None]:
         return
     if config.cpu_devices:
         jax.config.update("jax_platforms", "cpu")
-    # The service would replace the SIGTERM handler of distributed/stop.py.
+    # JAX's preemption service would replace the SIGTERM handler of distributed/stop.py.
     jax.config.update("jax_enable_preemption_service", False)
     _initialize(process, config.heartbeat_seconds)
     watchdog = Watchdog(config.heartbeat_seconds)

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-TIMEOUT_SECONDS = 3600.0  # of a barrier; the watchdog (watchdog.py) finds a lost process much earlier
+TIMEOUT_SECONDS = 3600.0  # time limit of a barrier; the watchdog (watchdog.py) finds a lost process much earlier
 KEY_PREFIX = "mesh_transformer"
 
 _rounds: collections.Counter[str] = collections.Counter()  # name -> number of calls of `gather` so far
@@ -29,7 +29,7 @@ class RemoteFailure(RuntimeError):
 
 
 def process_count() -> int:
-    """Return the number of processes of this run; unlike jax.process_count, without initializing a device."""
+    """Return the number of processes of this run without initializing a device, as jax.process_count would."""
     return _runtime().num_processes or 1
 
 
@@ -62,9 +62,9 @@ def gather(name: str, value: str, *, seconds: float = TIMEOUT_SECONDS) -> list[s
 
 
 def run_on_all(name: str, work: Callable[[], object], *, first_only: bool = False) -> None:
-    """Call `work` in every process (`first_only`: in process 0), wait for all, and raise in all if one failed.
+    """Call `work` in every process (`first_only`: only in process 0), wait for all processes, and raise in all if one failed.
 
-    Raises the error of this process, or RemoteFailure for the error of another.
+    Raises the error of this process, or RemoteFailure for the error of another process.
     """
     failure: Exception | None = None
     if not first_only or process_index() == 0:
@@ -81,7 +81,7 @@ def run_on_all(name: str, work: Callable[[], object], *, first_only: bool = Fals
 
 
 def broadcast_from_first(name: str, work: Callable[[], Any]) -> Any:
-    """Call `work` in process 0 and return its JSON-serializable result in all; if it fails, raise in all."""
+    """Call `work` in process 0 and return its JSON-serializable result in every process; if it fails, raise in every process."""
     results: list[Any] = []
     run_on_all(name, lambda: results.append(work()), first_only=True)
     return json.loads(gather(f"{name} result", json.dumps(results[0]) if results else "")[0])
@@ -123,13 +123,13 @@ def _runtime() -> Any:
 
 
 class StopConsensus:
-    """Agreement of all processes to stop at the same check, once one of them has a reason to stop.
+    """Agreement of all processes to stop at the same check, once a process has a reason to stop.
 
     Training makes the same checks in the same order in every process: one before each step and one before each batch
     of an evaluation. The process that receives the stop request publishes its reason. Every process then publishes how
-    many checks it has passed, and passes no more until all have answered; they stop at the first check after the
-    furthest one. A process inside a step is not waited for: a background thread answers for it (`poll`), and every
-    process reaches the check after the furthest one.
+    many checks it has passed, and waits until all have answered. All processes stop at the first check that no process
+    has passed. A background thread answers for a process that is inside a step (`poll`), so the other processes need not
+    wait for the end of the step.
     """
 
     def __init__(self) -> None:
@@ -139,7 +139,7 @@ class StopConsensus:
         self._has_answered = False
         self._stop_at: int | None = None
         self._reason = ""
-        self.agreed = False  # all processes have agreed, and this one has reached the agreed check
+        self.agreed = False  # all processes have agreed, and this process has reached the agreed check
 
     def should_stop(self, reason: str) -> str:
         """Count one check and return the common reason to stop here, or "" to continue.
@@ -182,5 +182,5 @@ _stop_consensus = StopConsensus()
 
 
 def stop_consensus() -> StopConsensus:
-    """Return the StopConsensus of this process's run."""
+    """Return the StopConsensus of this process, of which there is one."""
     return _stop_consensus

@@ -3,9 +3,9 @@
 """Preemption and maintenance notices of Google Cloud machines, polled from their metadata server.
 
 The server is polled on Google's machines and wherever GCE_METADATA_HOST is set (to host or host:port, as in Google's
-libraries); GCE_METADATA_HOST= (empty) disables polling. A spot machine is reported as `preempted` 30 s before
-it ends. The `maintenance-event` of a TPU or GPU machine is TERMINATE_ON_HOST_MAINTENANCE up to an hour before it ends.
-A live migration does not end the machine, so it does not stop the run.
+libraries); GCE_METADATA_HOST= (empty) disables polling. The server reports a spot machine as `preempted` 30 s before the
+machine ends. The `maintenance-event` of a TPU or GPU machine is TERMINATE_ON_HOST_MAINTENANCE up to an hour before the
+machine ends. A live migration does not end the machine, so it does not stop the run.
 """
 
 import os
@@ -20,11 +20,12 @@ from mesh_transformer.distributed.stop import StopRequest
 
 METADATA_HOST = "metadata.google.internal"
 PRODUCT_FILE = Path("/sys/class/dmi/id/product_name")
-POLL_SECONDS = 1.0  # between two requests; a spot machine has 30 s left after its notice
+POLL_SECONDS = 1.0  # time between two polls; a spot machine has 30 s left after its notice
 MAX_FAILURES = 60  # consecutive failed requests after which polling ends
+# Name of a metadata value -> content that announces the end of the machine.
 NOTICES = {"preempted": "TRUE", "maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE"}
 
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy: the server is local to the machine
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy: the server is local
 
 
 @contextmanager
@@ -71,12 +72,12 @@ def find_metadata_server() -> str:
 
 
 def read_notice(host: str) -> str:
-    """Return the current notice, "" for none. Raises URLError, OSError or ValueError if the server does not answer."""
+    """Return the current notice, or "" without a notice. Raises URLError, OSError or ValueError if the server does not answer."""
     for name, value in NOTICES.items():
         url = f"http://{host}/computeMetadata/v1/instance/{name}"
         request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
         with _OPENER.open(request, timeout=5) as response:
-            found = response.read(200).decode(errors="replace").strip()
-        if found == value:
-            return f"notice {name} = {found}"
+            content = response.read(200).decode(errors="replace").strip()
+        if content == value:
+            return f"notice {name} = {content}"
     return ""

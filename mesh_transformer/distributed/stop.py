@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Requests to stop: a signal or a preemption notice is recorded, and the run ends at its next safe point."""
+"""Requests to stop: a signal or a preemption notice is recorded, and the run ends at the next check."""
 
 import _thread
 import os
@@ -15,16 +15,18 @@ from types import FrameType, TracebackType
 from mesh_transformer.cli import Preempted
 from mesh_transformer.distributed.coordination import stop_consensus
 
-# SIGINT: Ctrl-C. SIGTERM: from machines and schedulers. SIGUSR1: from Slurm before a time limit (sbatch --signal=USR1@120).
+# SIGINT: Ctrl-C. SIGTERM: sent by machines and schedulers. SIGUSR1: sent by Slurm before a time limit (sbatch
+# --signal=USR1@120).
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
-PROGRESS_VARIABLE = "MESH_TRANSFORMER_PROGRESS"  # environment variable: a file that the run touches as it advances
+# Environment variable with the path of a file that the run touches at every check.
+PROGRESS_VARIABLE = "MESH_TRANSFORMER_PROGRESS"
 
 
 class StopRequest:
     """Context manager that records requests to stop: `requested` is set by a signal, or by any thread that calls `request`.
 
-    A second Ctrl-C ends the process at once. Other signals may be repeated: schedulers send several, and none may
+    A second Ctrl-C ends the process at once. Other signals may be repeated: schedulers send several signals, which must not
     interrupt a save.
     """
 
@@ -33,20 +35,20 @@ class StopRequest:
         signals: Sequence[signal.Signals] = SIGNALS,
         message: str = "finishing the current work, then saving (press Ctrl-C again to stop at once)",
     ) -> None:
-        """Handle `signals` inside the context; `message` is printed after the signal's name, unless it is empty."""
+        """Handle `signals` inside the context; `message` is printed after the signal's name, unless `message` is empty."""
         self._signals = signals
         self._message = message
         self._interruptible = ""  # description of the current work if a request may interrupt it, else ""
         self._previous_handlers: dict[signal.Signals, object] = {}
-        self.requested = ""  # name of the signal or reason of the request; "" without a request
+        self.requested = ""  # name of the signal, or reason for the request; "" without a request
         self.agreed = ""  # reason for which all processes stop, once they have reached the agreed check
 
     def request(self, reason: str) -> None:
-        """Request that the run stop; the first reason is kept."""
+        """Request that the run stop; later requests do not replace the first reason."""
         if self.requested:
             return
         self.requested = reason
-        if self._message:  # os.write and not print: a signal may arrive inside a print
+        if self._message:  # os.write instead of print, because a signal may arrive inside a print
             with suppress(OSError):  # stderr may be closed
                 os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{reason}: {self._message}\n".encode())
         if self._interruptible and threading.current_thread() is not threading.main_thread():
@@ -55,7 +57,7 @@ class StopRequest:
     def should_stop(self, other: str = "") -> str:
         """Return the reason to stop at this check, or "" to continue. All processes must make the same checks.
 
-        `other` is a reason of the caller, such as a time limit. If one process has a reason, all stop at the same check.
+        `other` is a reason of the caller, such as a time limit. If one process has a reason, all processes stop at the same check.
         """
         if path := os.environ.get(PROGRESS_VARIABLE):
             Path(path).touch()

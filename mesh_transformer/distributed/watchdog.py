@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Heartbeat and failure detection between the processes of a run.
 
-A collective never completes without one of its processes, so a lost process must end the others. At every tick each
+A collective never completes if one of its processes is lost, so a lost process must end the others. At every tick each
 process publishes a heartbeat and checks the heartbeats of the others. A process without a heartbeat for mesh.heartbeat_seconds
-counts as lost; a process that fails publishes its error. The others then print which process it was and exit with
+counts as lost; a process that fails publishes its error. The others then name the lost or failed process and exit with
 status 1 (75 after a preemption).
 """
 
@@ -22,13 +22,13 @@ import jax
 from mesh_transformer.cli import FAILED, PREEMPTED, Preempted
 from mesh_transformer.distributed import coordination
 
-TICKS_PER_TIMEOUT = 30  # heartbeats in mesh.heartbeat_seconds; at most four a second
+TICKS_PER_TIMEOUT = 30  # heartbeats per mesh.heartbeat_seconds; at most four per second
 EXIT_SECONDS = 10.0  # time limit for a failed process to report its error and exit
 RESTART_HINT = "run the same command again in all processes to resume from the latest checkpoint"
 
 
 class Watchdog:
-    """Thread that publishes this process's heartbeat and checks the others'; started by the constructor."""
+    """Thread that publishes this process's heartbeat and checks the others' heartbeats. The constructor starts the thread."""
 
     def __init__(self, heartbeat_seconds: float):
         self.heartbeat_seconds = heartbeat_seconds
@@ -38,7 +38,7 @@ class Watchdog:
         self._identity = f"{socket.gethostname()}, pid {os.getpid()}"
         self._ended = threading.Event()
         self._failing = threading.Event()
-        self._heartbeats: dict[int, tuple[str, float]] = {}  # last heartbeat of each process, and its time of arrival
+        self._heartbeats: dict[int, tuple[str, float]] = {}  # process -> its last heartbeat, and the time of arrival
         self._started = time.monotonic()
         _on_abort(
             lambda: f"{self._prefix()}{self._describe(0)}, the coordinator, is lost or unreachable; {RESTART_HINT}"
@@ -47,7 +47,7 @@ class Watchdog:
         self._thread.start()
 
     def leave(self) -> None:
-        """Wait until all processes have called this, then stop the thread and disconnect."""
+        """Wait until all processes have called `leave`, then stop the thread and disconnect."""
         coordination.gather("leave", "")
         self._ended.set()
         self._thread.join()
@@ -60,7 +60,7 @@ class Watchdog:
         self._failing.set()
         message = str(error).strip().partition("\n")[0]
         coordination.set_key(f"failed/{self._index}", f"{type(error).__name__}: {message}")
-        if self._index == 0:  # the coordination service ends with process 0: leave the others time to read the error
+        if self._index == 0:  # the coordination service ends with process 0: give the others time to read the error
             time.sleep(2 * self._tick_seconds)
         # Other threads of this process may be blocked in a collective: end the process without waiting for them.
         timer = threading.Timer(EXIT_SECONDS, os._exit, (FAILED,))
@@ -117,11 +117,11 @@ class Watchdog:
         os._exit(status)
 
 
-_abort_handlers: list[object] = []  # references that keep the callbacks alive, whose addresses C code holds
+_abort_handlers: list[object] = []  # references that keep the callbacks alive: C code has their addresses
 
 
 def _on_abort(describe: Callable[[], str]) -> None:
-    """Print a message and exit with status 1 when JAX calls abort(), as it does when it loses process 0.
+    """Print a message and exit with status 1 when JAX calls abort(), as JAX does when it loses process 0.
 
     JAX has no other hook: it aborts from a background thread, milliseconds after the connection is lost.
     """

@@ -29,13 +29,13 @@ def make_measure(config: Config) -> MeasureFn | None:
     if generating and process_count() > 1:
         raise ConfigError(
             f"evaluate.tasks: task {generating[0]!r} generates text, which training supports only in 1 process, and "
-            f"{process_count()} processes are running; remove it, and run it on a checkpoint with device_evaluate.py"
+            f"{process_count()} processes are running; remove the task, and run it on a checkpoint with device_evaluate.py"
         )
     return EvaluationCallback(config, generates=bool(generating))
 
 
 class EvaluationCallback:
-    """Runs the tasks on the current parameters. Every process calls it, and every batch is sharded over all processes.
+    """Runs the tasks on the current parameters. Every process makes the call, and batches are sharded over all processes.
 
     A task that generates text needs a second copy of the weights while it runs, sharded for decoding.
     """
@@ -79,5 +79,5 @@ class EvaluationCallback:
 
 
 def _generates(name: str) -> bool:
-    """Return whether a task generates text. Tasks that run without the harness do not."""
+    """Return whether a task generates text. Tasks that run without the harness only score text."""
     return name not in (TEXT, WIKITEXT) and load_definition(name)["output_type"] == "generate_until"

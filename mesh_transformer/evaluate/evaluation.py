@@ -54,7 +54,7 @@ class EvalTarget(NamedTuple):
     scorer: LoglikelihoodScorer
     engine: Engine | None  # generates text; None if no task needs it
     step: int
-    location: str  # of the checkpoint or run
+    location: str  # folder of the checkpoint or run
 
 
 def check_tasks(config: Config) -> list[str]:
@@ -88,6 +88,8 @@ def check_tasks(config: Config) -> list[str]:
         ("num_fewshot_by_task", evaluate.num_fewshot_by_task),
     ):
         for name in entries:
+            if name in (TEXT, WIKITEXT):
+                raise ConfigError(f"evaluate.{field}.{name}: task {name!r} has no few-shot prompts; remove this entry")
             if name not in map(to_key, harness_names):
                 raise ConfigError(
                     f"evaluate.{field}.{name}: {name!r} is not one of the tasks {', '.join(names)}; add --task {name}, "
@@ -149,7 +151,7 @@ def evaluate_model(target: EvalTarget, on_progress: ProgressFn = lambda name, do
 
 
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:
-    """Print the tables of reports/evaluation_results.py."""
+    """Print the tables that `make_tables` (reports/evaluation_results.py) makes of the results."""
     for table in make_tables(evaluation):
         shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
         for number, heading in enumerate(table.headings):
@@ -182,7 +184,7 @@ def _score(
 
 
 def _add_texts(evaluation: dict[str, Any], scores: dict[str, TextScore]) -> None:
-    """Add the scores of every component and, if there are several, their total: "pile" for the Pile's 22 components."""
+    """Add the scores of every component and, if there are several, a total, named "pile" for the Pile's 22 components."""
     for name, score in scores.items():
         _add(evaluation, f"{TEXT}:{name}", score.to_results(), score.documents)
     if len(scores) > 1:
@@ -222,7 +224,8 @@ def _read_inputs(target: EvalTarget, name: str) -> TaskInputs:
     reserved = FEWSHOT_POOL if num_fewshot and not fewshot else 0
     made = make((document for _, document in _read_texts(target)), count + reserved)
     examples = [Example(record, f"example {number} of held-out text") for number, record in enumerate(made)]
-    n_scored = min(count, max(len(examples) - reserved, len(examples) // 2))  # at least half, if there is little text
+    # If there is little text, at least half of the examples are scored.
+    n_scored = min(count, max(len(examples) - reserved, len(examples) // 2))
     return TaskInputs(examples[:n_scored], fewshot or examples[n_scored:], num_fewshot)
 
 

@@ -21,15 +21,15 @@ from mesh_transformer.sample.engine.engine import Engine
 from mesh_transformer.sample.model_defaults import ModelDefaults
 from mesh_transformer.sample.text_generation import complete_texts
 
-DEFAULT_MAX_TOKENS = 256  # of an answer, if the task does not set max_gen_toks
-GENERATION_BATCH = 64  # answers that are generated before they are stored and progress is reported
+DEFAULT_MAX_TOKENS = 256  # tokens of an answer, if the task does not set max_gen_toks
+GENERATION_BATCH = 64  # answers that are generated together, then stored and reported as progress
 
 TemplateLM: Any = import_harness("lm_eval.api.model").TemplateLM
 harness_utils: Any = import_harness("lm_eval.utils")
 
 
 class HarnessModel(TemplateLM):
-    """Model for the harness. Special tokens and the truncation of long contexts follow HFLM, its Hugging Face model."""
+    """Model for the harness. It adds special tokens and truncates contexts as HFLM does, the harness's Hugging Face model."""
 
     batch_size = 1
 
@@ -42,16 +42,16 @@ class HarnessModel(TemplateLM):
     ) -> None:
         """`engine` may be None if no task generates text."""
         super().__init__()
-        self.truncated: dict[Any, set[Any]] = defaultdict(set)  # task -> examples whose prompts were truncated
+        self.truncated: dict[Any, set[Any]] = defaultdict(set)  # task -> ids of examples whose prompts were truncated
         self._scorer = scorer
         self._defaults = defaults
-        # HFLM adds the tokenizer's end-of-text token to the stop strings.
-        ends = dict.fromkeys((*defaults.eos_token_ids, defaults.tokenizer.end_of_text))
-        self._generation_defaults = dataclasses.replace(defaults, eos_token_ids=tuple(ends))
+        # HFLM also ends answers at the tokenizer's end-of-text token.
+        eos_token_ids = dict.fromkeys((*defaults.eos_token_ids, defaults.tokenizer.end_of_text))
+        self._generation_defaults = dataclasses.replace(defaults, eos_token_ids=tuple(eos_token_ids))
         self._tokenizer = defaults.tokenizer
         self._engine = engine
         self._on_progress = on_progress
-        self._examples: list[tuple[Any, Any]] = []  # task and example of each request being scored
+        self._examples: list[tuple[Any, Any]] = []  # name of the task and id of the example of each request
 
     @property
     def max_length(self) -> int:
@@ -71,7 +71,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def world_size(self) -> int:
-        return 1  # every batch is sharded over all processes, which the harness must not do again
+        return 1  # every batch is sharded over all processes here, so the harness must not divide the requests
 
     @property
     def rank(self) -> int:
@@ -81,12 +81,12 @@ class HarnessModel(TemplateLM):
         return {"model": "mesh-transformer", "max_length": self.max_length}
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        is_file, begin = self._defaults.from_files, self._tokenizer.begin_of_text
+        from_files, bos = self._defaults.from_files, self._tokenizer.begin_of_text
         ids = self._tokenizer.encode(
-            string, add_special_tokens=is_file and add_special_tokens is not False, parse_special=is_file
+            string, add_special_tokens=from_files and add_special_tokens is not False, parse_special=from_files
         )
-        has_two = add_special_tokens is None and begin is not None and ids[:2] == [begin, begin]
-        return ids[1:] if has_two else ids  # as in HFLM, no second BOS token
+        has_two_bos = add_special_tokens is None and bos is not None and ids[:2] == [bos, bos]
+        return ids[1:] if has_two_bos else ids  # as in HFLM, no second BOS token
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         self._examples = [(request.task_name, request.doc_id) for request in requests]
@@ -94,7 +94,7 @@ class HarnessModel(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
         chunks: list[ScoringRequest] = []
-        owners: list[int] = []  # index of the request that a chunk belongs to
+        owners: list[int] = []  # index of the harness's request to which each chunk belongs
         for number, ((context, continuation), context_ids, ids) in enumerate(requests):
             task, example = self._examples[number]
             if not ids:
@@ -180,7 +180,7 @@ def split_continuation(context: Sequence[int], continuation: Sequence[int], max_
     """Return requests that together score a continuation, with as much of the context before it as fits.
 
     A continuation longer than `max_length` is split into requests that score max_length / 2 tokens each, given the
-    max_length / 2 tokens before them.
+    max_length / 2 + 1 tokens before these.
     """
     tokens = [*context, *continuation]
     first = len(context)
@@ -196,20 +196,20 @@ def split_continuation(context: Sequence[int], continuation: Sequence[int], max_
 def _generation_kwargs(
     kwargs: Mapping[str, Any], max_length: int, sampling: Mapping[str, Any]
 ) -> tuple[SampleConfig, list[str]]:
-    """Return the sampling parameters and stop strings of a task; greedy unless it sets do_sample.
+    """Return the sampling parameters and stop strings of a task; decoding is greedy unless the task sets do_sample.
 
     `sampling` holds the defaults of the model's generation_config.json.
     """
     do_sample = bool(kwargs.get("do_sample"))
     stops = kwargs.get("until") or []
-    named = dict(sampling)
-    named["max_tokens"] = min(int(kwargs.get("max_gen_toks", DEFAULT_MAX_TOKENS)), max(max_length // 2, 1))
+    fields = dict(sampling)
+    fields["max_tokens"] = min(int(kwargs.get("max_gen_toks", DEFAULT_MAX_TOKENS)), max(max_length // 2, 1))
     if do_sample:
-        named |= {"temperature": float(kwargs.get("temperature", named.get("temperature", 1.0)))}
-        named |= {"top_p": float(kwargs.get("top_p", named.get("top_p", 1.0)))}
+        fields["temperature"] = float(kwargs.get("temperature", fields.get("temperature", 1.0)))
+        fields["top_p"] = float(kwargs.get("top_p", fields.get("top_p", 1.0)))
     else:
-        named["temperature"] = 0.0
-    return SampleConfig(**named), [stops] if isinstance(stops, str) else list(stops)
+        fields["temperature"] = 0.0
+    return SampleConfig(**fields), [stops] if isinstance(stops, str) else list(stops)
 
 
 def _digest(request: Any) -> str:

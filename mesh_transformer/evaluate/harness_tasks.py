@@ -19,11 +19,11 @@ from mesh_transformer.data.errors import DataError
 from mesh_transformer.evaluate.tasks import Example, find_task, is_file, to_key
 
 SEED = 1234  # for sampling few-shot examples: the harness's default
-REPORTED = ("results", "versions", "n-samples", "n-shot", "higher_is_better")  # parts of the harness's results
+REPORTED = ("results", "versions", "n-samples", "n-shot", "higher_is_better")  # keys of the results that are kept
 
 
 def import_harness(name: str = "lm_eval") -> Any:
-    """Import a module of the harness. Raises ConfigError with the install command if it is missing."""
+    """Import a module of the harness. Raises ConfigError with the install command if the harness is missing."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tasks read local files only; must be set before the import
     os.environ.setdefault("TQDM_DISABLE", "1")  # this program shows the progress
     # Standard errors are bootstrapped in this process, because forking is unsafe with JAX's threads.
@@ -111,14 +111,14 @@ def make_task(name: str, inputs: TaskInputs) -> Any:
         )
     num_fewshot = resolve_num_fewshot(name, definition, inputs.num_fewshot, len(inputs.fewshot_examples))
     fewshot_config = dict(definition.get("fewshot_config") or {})
-    sampled_from = fewshot_config.pop("split", None) or definition.get("fewshot_split")
+    sampled_split = fewshot_config.pop("split", None) or definition.get("fewshot_split")
     splits = {test_split: inputs.examples}
     if inputs.fewshot_examples:
-        fewshot_split = sampled_from or definition.get("training_split") or definition.get("validation_split")
+        fewshot_split = sampled_split or definition.get("training_split") or definition.get("validation_split")
         fewshot_split = "train" if fewshot_split in (None, test_split) else fewshot_split
         splits[fewshot_split] = inputs.fewshot_examples
-        # If all examples are used, the split must be named: otherwise the harness samples one more and drops one.
-        is_named = sampled_from == fewshot_split or len(inputs.fewshot_examples) == num_fewshot
+        # If all examples are used, the split must be named: otherwise the harness samples one more than there are.
+        is_named = sampled_split == fewshot_split or len(inputs.fewshot_examples) == num_fewshot
         definition |= {"training_split": fewshot_split, "fewshot_split": fewshot_split if is_named else None}
     else:
         definition |= {"training_split": None, "fewshot_split": None}
@@ -151,7 +151,7 @@ def _check_record(task: Any, name: str, item: Example) -> None:
         task.doc_to_target(item.record)
         if task.config.doc_to_choice is not None:
             task.doc_to_choice(item.record)
-    except Exception as error:  # raised by its templates and functions
+    except Exception as error:  # raised by the definition's templates and functions
         kind = "no field" if isinstance(error, KeyError) else type(error).__name__
         raise DataError(
             f"{item.location}: task {name} cannot read this record ({kind}: {error}); it has the fields "

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Log-probabilities of token sequences, batched by length over the mesh, independent of batch and mesh.
+"""Log-probabilities of token sequences in batches of similar length; results depend neither on the batch nor on the mesh.
 
 Lengths are rounded up to powers of two, so that sequences of similar length share a batch. Padding follows the text, where
 the causal mask excludes it. The longest sequences come first, so that a lack of memory is an error of the first batch.
@@ -33,7 +33,7 @@ from mesh_transformer.train.compile import compile_barrier, replicated, with_lay
 
 MIN_BUCKET = 32  # smallest padded length
 MAX_IN_FLIGHT = 2  # batches in progress while the results of an earlier batch are read
-MAX_LOGIT_BYTES = 1 << 28  # of the logits that are in memory at a time, over all devices
+MAX_LOGIT_BYTES = 1 << 28  # size of the logits in memory at a time, summed over all devices
 
 BatchProgressFn = Callable[[int, int], None]  # number of finished requests, total
 OnResult = Callable[[int, "Loglikelihood"], None]  # index of a request, and its result
@@ -97,7 +97,7 @@ class LoglikelihoodScorer:
         self.layout = layout
         self.resume_log: ResumeLog | None = None  # results of earlier attempts; `score_totals` reads and extends it
         self._batch_tokens = batch_tokens
-        self._n_shards = layout.batch_shards if layout else 1  # over which a batch is divided
+        self._n_shards = layout.batch_shards if layout else 1  # shards of a batch
         program = functools.partial(_score_batch, self.config, make_model(self.config))
         if layout is None:
             self._score = jax.jit(program)
@@ -109,7 +109,7 @@ class LoglikelihoodScorer:
     ) -> list[tuple[float, bool]]:
         """Return the total log-probability of each request, and whether every scored token is the most probable one.
 
-        Results in the resume log are not computed again. Raises what `score` raises.
+        Results in the resume log are not computed again. Raises ScoringError like `score`.
         """
         digests = [request.digest() if self.resume_log else "" for request in requests]
         results: list[Any] = [self.resume_log.get(digest) if self.resume_log else None for digest in digests]
@@ -139,7 +139,7 @@ class LoglikelihoodScorer:
         for number, request in enumerate(requests):
             self._check(request, number)
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].tokens))
-        found: list[Loglikelihood | None] = [None] * len(requests)
+        loglikelihoods: list[Loglikelihood | None] = [None] * len(requests)
         in_flight: deque[tuple[list[int], Any]] = deque()
         done = 0
         while order or in_flight:
@@ -155,11 +155,11 @@ class LoglikelihoodScorer:
                 for row, i in enumerate(batch):
                     end = len(requests[i].tokens) - 1
                     scored = slice(end - requests[i].n_scored, end)
-                    found[i] = loglikelihood = Loglikelihood(logprobs[row, scored], greedy[row, scored])
-                    on_result(i, loglikelihood)
+                    loglikelihoods[i] = result = Loglikelihood(logprobs[row, scored], greedy[row, scored])
+                    on_result(i, result)
                 done += len(batch)
                 on_progress(done, len(requests))
-        return [loglikelihood for loglikelihood in found if loglikelihood is not None]
+        return [result for result in loglikelihoods if result is not None]
 
     def _check(self, request: ScoringRequest, number: int) -> None:
         length = len(request.tokens)
@@ -168,10 +168,10 @@ class LoglikelihoodScorer:
                 f"request {number} scores {request.n_scored} of {length} tokens; it must score at least 1, have at least 1 "
                 f"token before the first scored one, and have at most model.seq_len + 1 = {self.config.seq_len + 1} tokens"
             )
-        low = min(request.tokens)
-        high = max(request.tokens)
-        if low < 0 or high >= self.config.n_vocab:
-            bad = low if low < 0 else high
+        lowest = min(request.tokens)
+        highest = max(request.tokens)
+        if lowest < 0 or highest >= self.config.n_vocab:
+            bad = lowest if lowest < 0 else highest
             raise ScoringError(
                 f"request {number} has token {bad}; the vocabulary is 0..{self.config.n_vocab - 1}; use the model's tokenizer"
             )
@@ -187,8 +187,8 @@ class LoglikelihoodScorer:
     def _dispatch(self, requests: list[ScoringRequest], length: int) -> tuple[Array, Array]:
         """Start computing a batch, padded to a power of two sequences per shard, which limits the number of compilations."""
         per_shard = -(-len(requests) // self._n_shards)
-        size = min(self._n_shards << (per_shard - 1).bit_length(), self._batch_size(length))
-        tokens, targets = np.zeros((2, size, length), np.int32)
+        batch_size = min(self._n_shards << (per_shard - 1).bit_length(), self._batch_size(length))
+        tokens, targets = np.zeros((2, batch_size, length), np.int32)
         for row, request in enumerate(requests):
             tokens[row, : len(request.tokens) - 1] = request.tokens[:-1]
             targets[row, : len(request.tokens) - 1] = request.tokens[1:]
@@ -222,8 +222,9 @@ def _score_batch(
     def score(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
         x, targets = chunk
         logits = lm_logits(x, head, config)
-        chosen = jnp.sum(jnp.where(jnp.arange(config.n_vocab)[None, None] == targets[..., None], logits, 0.0), axis=-1)
-        return chosen - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets
+        is_target = jnp.arange(config.n_vocab)[None, None] == targets[..., None]
+        target_logits = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+        return target_logits - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets
 
     n_chunks = 1
     while batch_size * length // n_chunks * config.n_vocab * 4 > MAX_LOGIT_BYTES and length % (2 * n_chunks) == 0:

@@ -2,12 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bits per byte of documents: the Pile's protocol (arXiv 2101.00027, section 3), or overlapping windows.
 
-Each document is scored separately, preceded by a prefix token: the BOS token (<s>) if the tokenizer of a converted model
-adds one, otherwise the end-of-text token. The document is split into segments of the context length. Every token is scored
-once, given the tokens before it in its segment; the first token of a segment is given the last token of the previous
-segment. With a stride below the context length, segments overlap: each window scores `stride` new tokens, with the earlier
-tokens of the window as context. No end-of-text token is scored after the document. The loss in nats is divided by the
-number of UTF-8 bytes of the text, which does not depend on the tokenizer.
+Each document is scored separately, after a prefix token: the BOS token (<s>) if the tokenizer of a converted model adds it,
+otherwise the end-of-text token. The document is split into segments of the context length. Every token is scored once, given
+the tokens before it in its segment; the first token of a segment is given the last token of the previous segment. With a
+stride below the context length, segments overlap: each window scores `stride` new tokens, with the earlier tokens of the
+window as context. No end-of-text token is scored after the document. The loss in nats is divided by the number of UTF-8
+bytes of the text, which does not depend on the tokenizer.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class TextScore(NamedTuple):
     tokens: int
     n_bytes: int  # of the text in UTF-8
     documents: int
-    size: int  # UTF-8 bytes of the full collection, of which only a fraction may have been scored
+    n_total_bytes: int  # of the full collection in UTF-8, of which only a fraction may have been scored
 
     @property
     def bits_per_byte(self) -> float:
@@ -71,7 +71,7 @@ class TextScore(NamedTuple):
 def sliding_windows(
     tokens: Sequence[int], prefix_token: int, context: int, stride: int | None = None
 ) -> Iterator[ScoringRequest]:
-    """Yield requests that together score every token of a document once, in order; `prefix_token` precedes the first.
+    """Yield requests that together score every token of a document once, in order; `prefix_token` precedes the first token.
 
     A window has at most `context` tokens and begins `stride` (default: `context`) tokens after the previous window.
     Raises ConfigError for a stride that is not between 1 and `context`.
@@ -120,17 +120,17 @@ def score_documents(
         before = reported
         reported = scored_bytes
         requests = [request for _, request in waiting]
-        found = scorer.score_totals(
+        results = scorer.score_totals(
             requests, lambda done, total: on_progress(before + (reported - before) * done // total)
         )
-        for (total, _), (logprob, _) in zip(waiting, found, strict=True):
+        for (total, _), (logprob, _) in zip(waiting, results, strict=True):
             total.negative_logprobs.append(-logprob)
         waiting.clear()
 
     for component, document in documents:
         total = sums.setdefault(component, _Sum())
         n_bytes = len(document.text.encode())
-        total.size += n_bytes
+        total.n_total_bytes += n_bytes
         if not is_sampled(document.name, fraction) or total.documents == limit:
             continue
         tokens = defaults.tokenizer.encode(document.text)
@@ -159,16 +159,17 @@ def score_documents(
 
 @dataclasses.dataclass
 class _Sum:
-    """Running totals of a component; the fields are those of TextScore."""
+    """Running totals of a component; fields as in TextScore, with one log-probability per window."""
 
     negative_logprobs: list[float] = dataclasses.field(default_factory=list)
     tokens: int = 0
     n_bytes: int = 0
     documents: int = 0
-    size: int = 0
+    n_total_bytes: int = 0
 
     def finish(self) -> TextScore:
-        return TextScore(math.fsum(self.negative_logprobs), self.tokens, self.n_bytes, self.documents, self.size)
+        negative_logprob = math.fsum(self.negative_logprobs)
+        return TextScore(negative_logprob, self.tokens, self.n_bytes, self.documents, self.n_total_bytes)
 
 
 def is_sampled(name: str, fraction: float) -> bool:
@@ -178,6 +179,6 @@ def is_sampled(name: str, fraction: float) -> bool:
 
 def weighted_total(scores: Mapping[str, TextScore]) -> dict[str, float]:
     """Return bits and nats per byte over all components, weighted by their sizes in bytes, as in the Pile's total."""
-    size = sum(score.size for score in scores.values())
-    bits = math.fsum(score.bits_per_byte * score.size for score in scores.values()) / size
-    return {"bits_per_byte": bits, "nats_per_byte": bits * math.log(2), "bytes": size}
+    n_bytes = sum(score.n_total_bytes for score in scores.values())
+    bits = math.fsum(score.bits_per_byte * score.n_total_bytes for score in scores.values()) / n_bytes
+    return {"bits_per_byte": bits, "nats_per_byte": bits * math.log(2), "bytes": n_bytes}

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-B_RANGE = (0.01, 3.0)  # exponents that are searched
-MIN_POINTS = 4  # the number of parameters of the law plus 1
+B_RANGE = (0.01, 3.0)  # lowest and highest exponent b that is tried
+MIN_POINTS = 4  # number of points: one more than the law has parameters
 
 
 class Fit(NamedTuple):
@@ -21,8 +21,8 @@ class Fit(NamedTuple):
     c: float
     c0: float  # the smallest compute; `a` is the reducible loss at c0
     errors: tuple[float, float, float]  # standard errors of a, b and c; infinite if the points do not determine the law
-    rms: float  # of the residuals, nats
-    last_error: float  # last point minus its prediction by a fit without it, nats; NaN with too few points
+    rms: float  # root mean square of the residuals in nats
+    last_error: float  # nats; last loss minus the prediction of a fit to the other points, NaN for only 4 points
 
     def __call__(self, compute: float) -> float:
         """Return the predicted loss."""
@@ -37,16 +37,19 @@ class Fit(NamedTuple):
 
 
 def fit_law(compute: Sequence[float], losses: Sequence[float]) -> Fit | None:
-    """Return the least-squares fit with a > 0 and c >= 0; None for fewer than four points, or if losses do not decrease."""
+    """Return the least-squares fit with a > 0 and c >= 0, or None if there is none.
+
+    There is none for fewer than four points, a compute of 0, a single distinct compute, or losses that do not decrease.
+    """
     order = np.argsort(compute)
     x = np.asarray(compute, float)[order]
     y = np.asarray(losses, float)[order]
     if len(x) < MIN_POINTS or x[0] <= 0 or x[0] == x[-1]:
         return None
-    found = _fit(x / x[0], y)
-    if found is None:
+    parameters = _fit(x / x[0], y)
+    if parameters is None:
         return None
-    a, b, c = found
+    a, b, c = parameters
     relative = x / x[0]
     power = relative**-b
     residuals = y - (a * power + c)
@@ -56,11 +59,11 @@ def fit_law(compute: Sequence[float], losses: Sequence[float]) -> Fit | None:
         inverse = np.linalg.pinv(jacobian.T @ jacobian)
         determined = np.linalg.matrix_rank(jacobian) == 3
     errors = np.sqrt(np.maximum(np.diag(inverse) * variance, 0.0)) if determined else np.full(3, math.inf)
-    last = math.nan
-    if len(x) > MIN_POINTS and (without := _fit(relative[:-1], y[:-1])) is not None:
-        last = float(y[-1] - (without[0] * relative[-1] ** -without[1] + without[2]))
+    last_error = math.nan
+    if len(x) > MIN_POINTS and (others := _fit(relative[:-1], y[:-1])) is not None:
+        last_error = float(y[-1] - (others[0] * relative[-1] ** -others[1] + others[2]))
     e_a, e_b, e_c = map(float, errors)
-    return Fit(a, b, c, float(x[0]), (e_a, e_b, e_c), float(np.sqrt(np.mean(residuals**2))), last)
+    return Fit(a, b, c, float(x[0]), (e_a, e_b, e_c), float(np.sqrt(np.mean(residuals**2))), last_error)
 
 
 def _fit(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float] | None:
@@ -79,7 +82,7 @@ def _fit(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float] | None:
     grid = np.geomspace(*B_RANGE, 200)
     best = int(np.argmin([solve(float(b))[0] for b in grid]))
     low, high = float(grid[max(best - 1, 0)]), float(grid[min(best + 1, len(grid) - 1)])
-    found: Any = minimize_scalar(lambda b: solve(b)[0], bounds=(low, high), method="bounded", options={"xatol": 1e-9})
-    b = float(found.x)
+    minimum: Any = minimize_scalar(lambda b: solve(b)[0], bounds=(low, high), method="bounded", options={"xatol": 1e-9})
+    b = float(minimum.x)
     _, a, c = solve(b)
     return (a, b, c) if a > 0 else None

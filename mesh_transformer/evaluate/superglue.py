@@ -19,19 +19,19 @@ Answer = tuple[float, bool]  # log-probability, and whether every token is the m
 def read_wsc(record: Record) -> Iterable[dict[str, Any]]:
     """Yield a WSC record with the fields of the Hugging Face Hub, and with spans spelled as in the text."""
     spans = record.get("target", record)
-    found: dict[str, Any] = {"text": record["text"], "label": int(bool(record["label"]))}
+    converted: dict[str, Any] = {"text": record["text"], "label": int(bool(record["label"]))}
     for number in (1, 2):
         index = int(spans[f"span{number}_index"])
         words = record["text"].split()
         if not 0 <= index < len(words):
             raise ValueError(f"span{number}_index={index} is out of range: the text has {len(words)} words")
-        found[f"span{number}_index"] = index
-        found[f"span{number}_text"] = _as_in_text(spans[f"span{number}_text"], record["text"], words[index])
-    yield found
+        converted[f"span{number}_index"] = index
+        converted[f"span{number}_text"] = _as_in_text(spans[f"span{number}_text"], record["text"], words[index])
+    yield converted
 
 
 def _as_in_text(span: str, text: str, first_word: str) -> str:
-    """Return a span as it is spelled in the text: with the case of its first word there, and without a final period."""
+    """Return a span as spelled in the text: its first letter with the case of `first_word`, without a final period."""
     if span in text:
         return span
     change = str.lower if first_word[0].islower() else str.upper
@@ -58,8 +58,8 @@ def read_multirc(record: Record) -> Iterable[dict[str, Any]]:
 def multirc_choices(document: Record) -> list[str]:
     """Return the choices in the order of the labels: "no" (the answer is wrong), then "yes" (it is correct).
 
-    The harness's definition (version 2.0) has them in reverse order, so that it counts errors as correct and gives wrong
-    few-shot examples.
+    The harness's definition (version 2.0) has the choices in reverse order, so that it counts wrong predictions as correct
+    and gives wrong few-shot examples.
     """
     return [f"{document['answer']}\nIs the answer correct? {word}" for word in ("no", "yes")]
 
@@ -76,17 +76,17 @@ def score_multirc(document: Record, answers: Sequence[Answer]) -> dict[str, Any]
     }
 
 
-def average_f1a(judged: Sequence[tuple[bool, bool]]) -> float:
-    """Return the F1 score over all answers, given (predicted, correct) of each."""
-    true_positives = sum(predicted and correct for predicted, correct in judged)
-    positives = sum(predicted + correct for predicted, correct in judged)
-    return 2 * true_positives / positives if positives else 0.0
+def average_f1a(pairs: Sequence[tuple[bool, bool]]) -> float:
+    """Return the F1 score over all answers, given the pair (predicted, correct) of each answer."""
+    true_positives = sum(predicted and correct for predicted, correct in pairs)
+    n_positive = sum(predicted + correct for predicted, correct in pairs)
+    return 2 * true_positives / n_positive if n_positive else 0.0
 
 
-def average_em(judged: Sequence[tuple[Any, bool]]) -> float:
-    """Return the fraction of questions without an error, given (question, is_correct) of each answer."""
+def average_em(pairs: Sequence[tuple[Any, bool]]) -> float:
+    """Return the fraction of questions without an error, given the pair (question, is_correct) of each answer."""
     questions: dict[Any, bool] = defaultdict(lambda: True)
-    for question, is_correct in judged:
+    for question, is_correct in pairs:
         questions[question] &= is_correct
     return sum(questions.values()) / len(questions)
 
@@ -116,7 +116,7 @@ def read_record(record: Record) -> Iterable[dict[str, Any]]:
 
 
 def record_prompt(document: Record) -> str:
-    """Return the prompt: the passage, then its highlights as a list, of which the query is the next item."""
+    """Return the prompt: the passage, then its highlights as a list, to which a choice adds the next item."""
     text, *highlights = document["passage"].strip().split("\n@highlight\n")
     return f"{text}\n\n" + "".join(f"  - {highlight}.\n" for highlight in highlights)
 
@@ -132,7 +132,7 @@ def record_target(document: Record) -> str:
 
 
 def score_record(document: Record, answers: Sequence[Answer]) -> dict[str, float]:
-    """Return word F1 and exact match of the most probable candidate, each the best over all correct answers."""
+    """Return word F1 and exact match of the most probable candidate with the correct answer that it matches best."""
     predicted_index = max(range(len(answers)), key=lambda i: answers[i][0])
     predicted = _words(document["entities"][predicted_index])
     correct = [_words(answer) for answer in document["answers"]]

@@ -23,7 +23,7 @@ _WORD = re.compile(r"\s*\S+")
 
 
 def make_choices(documents: Iterable[Document], limit: int) -> list[dict[str, Any]]:
-    """Return examples with four endings: the original one, and three of other spans.
+    """Return examples with four endings: the original ending, and the endings of three other spans.
 
     Raises DataError if there is too little text.
     """
@@ -43,7 +43,9 @@ def make_choices(documents: Iterable[Document], limit: int) -> list[dict[str, An
 
 
 def make_clozes(documents: Iterable[Document], limit: int) -> list[dict[str, Any]]:
-    """Return examples that ask for the next word: at least three letters, and in the span before, as mostly in LAMBADA.
+    """Return examples that ask for the next word, which has at least three letters and occurs earlier in the span.
+
+    Most words to predict in LAMBADA also occur in their context.
 
     Raises DataError if no span has such a word.
     """
@@ -86,8 +88,8 @@ def make_lines(documents: Iterable[Document], limit: int) -> list[dict[str, Any]
 
 def _select_spans(documents: Iterable[Document], count: int | None = None) -> list[tuple[str, list[str]]]:
     """Return `count` spans of words (default: all) with their locations, in the order of a hash of the location."""
-    found = sorted((xxhash.xxh3_64_intdigest(key.encode()), key, words) for key, words in _find_spans(documents))
-    return [(key, words) for _, key, words in found[:count]]
+    hashed = sorted((xxhash.xxh3_64_intdigest(key.encode()), key, words) for key, words in _find_spans(documents))
+    return [(key, words) for _, key, words in hashed[:count]]
 
 
 def _find_spans(documents: Iterable[Document]) -> Iterator[tuple[str, list[str]]]:

@@ -27,9 +27,9 @@ class Task(NamedTuple):
     """A row of the table: the definition of a task, and the source of its examples."""
 
     definition: str  # a file of the harness or of the user; empty: `overrides` is the full definition
-    convert: Callable[[Record], Iterable[dict[str, Any]]]  # published record -> records of the definition
-    overrides: Mapping[str, Any] = {}  # overrides of the definition
-    # makes a number of examples from held-out documents; None: the examples are read from files
+    convert: Callable[[Record], Iterable[dict[str, Any]]]  # published record -> records in the definition's format
+    overrides: Mapping[str, Any] = {}  # fields that replace those of the definition
+    # makes up to a given number of examples from held-out documents; None: the examples are read from files
     make: Callable[[Iterable[Document], int], list[dict[str, Any]]] | None = None
 
 
@@ -100,15 +100,15 @@ METRICS: dict[str, dict[str, Any]] = {
 }
 
 
-def _make_definition(kind: str, *metrics: str, **overrides: Any) -> dict[str, Any]:
+def _make_definition(output_type: str, *metrics: str, **overrides: Any) -> dict[str, Any]:
     """Return the definition of a synthetic task, whose records have a query and a target, or choices and a gold index."""
     answer_fields = (
         {"doc_to_choice": "choices", "doc_to_target": "gold"}
-        if kind == "multiple_choice"
+        if output_type == "multiple_choice"
         else {"doc_to_target": "target"}
     )
     metric_list = [dict(METRICS[metric], metric=metric) for metric in metrics]
-    common = {"output_type": kind, "test_split": "test", "doc_to_text": "query", "metric_list": metric_list}
+    common = {"output_type": output_type, "test_split": "test", "doc_to_text": "query", "metric_list": metric_list}
     return common | answer_fields | {"target_delimiter": "", "metadata": {"version": 1.0}} | overrides
 
 
@@ -145,7 +145,7 @@ GROUPS = {
     "local": ("local_choice", "local_cloze"),
     "superglue": ("boolq", "cb", "copa", "rte", "wic", "wsc", "multirc", "record"),
 }
-TEXT, WIKITEXT = "text", "wikitext2"  # scored without the harness
+TEXT, WIKITEXT = "text", "wikitext2"  # tasks that are scored without the harness
 
 
 def is_file(name: str) -> bool:
@@ -164,8 +164,8 @@ def to_key(name: str) -> str:
 
 
 def expand_names(names: Iterable[str]) -> list[str]:
-    """Return task names with groups expanded. Raises ConfigError for unknown names and for equal keys."""
-    found: list[str] = []
+    """Return task names with groups expanded. Raises ConfigError for unknown names, and for tasks with the same key."""
+    expanded: list[str] = []
     for name in names:
         for task in GROUPS.get(name, (name,)):
             if task not in TASKS and task not in (TEXT, WIKITEXT) and not is_file(task):
@@ -174,14 +174,14 @@ def expand_names(names: Iterable[str]) -> list[str]:
                     f"evaluate.tasks: unknown task {task!r}; choose from {known}, or give the YAML file of a task "
                     "(gsm8k/gsm8k.yaml)"
                 )
-            if task not in found:
-                found.append(task)
-    keys = [to_key(name) for name in found]
+            if task not in expanded:
+                expanded.append(task)
+    keys = [to_key(name) for name in expanded]
     if repeated := [key for key in keys if keys.count(key) > 1]:
         raise ConfigError(
             f"evaluate.tasks: two tasks are named {repeated[0]!r}; rename one of the files, or run them separately"
         )
-    return found
+    return expanded
 
 
 def read_examples(name: str, path: str, limit: int | None = None) -> list[Example]:
@@ -199,11 +199,12 @@ def read_examples(name: str, path: str, limit: int | None = None) -> list[Exampl
                 raise TypeError("expected a JSON object")
             items += [Example(converted, where) for converted in convert(record)]
         except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
-            fields = ", ".join(record) if isinstance(record, Mapping) else type(record).__name__
+            is_object = isinstance(record, Mapping)
+            fields = f"its fields: {', '.join(record)}" if is_object else f"it is a {type(record).__name__}"
             kind = "no field" if isinstance(error, KeyError) else type(error).__name__
             raise DataError(
-                f"{where}: not a record of {name} ({kind}: {error}); its fields: {fields}; correct the record, or give the file "
-                f"of {name}"
+                f"{where}: not a record of {name} ({kind}: {error}); {fields}; correct the record, or give the file of "
+                f"{name}"
             ) from None
     if not items:
         raise DataError(f"{path}: the file has no records; it needs at least one record of {name}")

@@ -19,7 +19,7 @@ from mesh_transformer.data.tokenizers import Tokenizer
 
 
 def read_texts(config: Config, tokenizer: Tokenizer, components: Iterable[str]) -> Iterator[tuple[str, Document]]:
-    """Yield the documents of `components` of evaluate.data, or the run's held-out text if there are none.
+    """Yield the documents of `components` of evaluate.data, or the run's held-out text if `components` is empty.
 
     Each document is paired with the name of its component, or of its data source.
 
@@ -75,7 +75,10 @@ def _read(path: str, text_key: str, config: Config, tokenizer: Tokenizer) -> Ite
 
 
 def _read_groups(path: str, evaluate: EvaluateConfig) -> Iterator[tuple[str, Document]]:
-    """Yield the documents of JSONL files, paired with the value of a field, possibly nested ("meta.pile_set_name")."""
+    """Yield the documents of JSONL files, each with the value of the field evaluate.group_key.
+
+    The field may be nested: "meta.pile_set_name".
+    """
     for file in find_files(path):
         if ".jsonl" not in file.suffixes:
             raise DataError(

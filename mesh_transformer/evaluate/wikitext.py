@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """WikiText detokenization: convert the corpus from separate words to running text, and back without loss.
 
-In the corpus, words are separated by spaces (`end .`, `2 @-@ part`, `1 @,@ 000`). A model of running text should be
-given running text, with perplexity reported per word of the original (GPT-2, section 3.1), so the conversion must be
-reversible. Joined words are split by rules, except that a string that is a word of the corpus (`Mr.`, `St.`) is never
-split. If the rules would not recover the original words, the words stay separate.
+In the corpus, words are separated by spaces (`end .`, `2 @-@ part`, `1 @,@ 000`). Models are trained on running
+text and therefore evaluated on running text, but their perplexity is reported per word of the corpus (GPT-2, section 3.1),
+so the conversion must be reversible. Joined words are split by rules, except that a string that is a word of the corpus
+(`Mr.`, `St.`) is never split. If the rules would not recover the original words, the words stay separate.
 """
 
 import math
@@ -17,8 +17,8 @@ from mesh_transformer.data.errors import DataError, Document
 from mesh_transformer.evaluate.perplexity import TextScore
 
 WITHIN = {"@-@": "-", "@,@": ",", "@.@": "."}  # the corpus's notation for punctuation inside a word
-OPENING = set("([$£#")
-CLOSING = set(".,;:!?)]%") | {"'"}
+OPENING = set("([$£#")  # written without a space after it
+CLOSING = set(".,;:!?)]%") | {"'"}  # written without a space before it
 QUOTE = '"'
 _SUFFIX = re.compile(r"'[a-z]{1,2}")
 _HEADING = re.compile(r" = [^=].* = \n")
@@ -81,16 +81,16 @@ class WikiText:
 def _group(words: Sequence[str]) -> list[list[str]]:
     """Return groups of words that are written without spaces."""
     groups: list[list[str]] = []
-    glue = in_quote = False
+    joins_next = in_quote = False
     for word in words:
         closes = word in CLOSING or bool(_SUFFIX.fullmatch(word)) or (word == QUOTE and in_quote)
-        if groups and (glue or closes or word in WITHIN):
+        if groups and (joins_next or closes or word in WITHIN):
             groups[-1].append(word)
         else:
             groups.append([word])
         opens = word in OPENING or (word == QUOTE and not in_quote)
         in_quote ^= word == QUOTE
-        glue = opens or word in WITHIN
+        joins_next = opens or word in WITHIN
     return groups
 
 
@@ -121,7 +121,7 @@ def _split_within(chunk: str, words: Collection[str]) -> list[str]:
 
 
 def wikitext_results(score: TextScore, n_words: int) -> dict[str, float]:
-    """Return the results of the corpus: perplexity per original word and per model token, and bits per byte."""
+    """Return the results of the corpus: perplexity per word of the corpus and per token of the model, and bits per byte."""
     return {
         "word_perplexity": math.exp(min(score.negative_logprob / n_words, 700.0)),
         "words": n_words,

@@ -21,7 +21,7 @@ ACTIVATIONS = {
     "silu": jax.checkpoint(jax.nn.silu),
 }
 SWIGLU_ALPHA = 1.702  # slope of the sigmoid in the published gpt-oss models
-SWIGLU_LIMIT = 7.0  # bound of the gate and of x in the same models
+SWIGLU_LIMIT = 7.0  # maximum of the gate and of |x| in the published gpt-oss models; see `_clamped_swiglu`
 
 
 @jax.checkpoint
@@ -49,7 +49,7 @@ class FeedForward(hk.Module):
         self.config = config
         self.inits = inits
         self.ff_dim = config.shared_ff_dim if shared else config.ff_dim
-        self.scaled = shared and config.experts is not None and config.experts.shared_gate
+        self.has_output_gate = shared and config.experts is not None and config.experts.shared_gate
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Return the contribution to the residual stream."""
@@ -65,7 +65,7 @@ class FeedForward(hk.Module):
         hidden = activate(hidden, gate, c.activation)
         w_out = param("w_out", self.inits.output, ff=ff_dim, embed=c.d_model)
         y = linear(hidden, w_out, param("b_out", zeros, embed=c.d_model) if c.ff_bias else None)
-        return y * self._output_gate(x) if self.scaled else y
+        return y * self._output_gate(x) if self.has_output_gate else y
 
     def _output_gate(self, x: Float[Array, "B T D"]) -> Float[Array, "B T 1"]:
         w = param("output_gate", self.inits.input, embed=self.config.d_model)

@@ -66,7 +66,7 @@ def finish_scores(scores: Float[ArrayT, "*B T S"], config: ModelConfig) -> Float
 
 
 def soft_cap(x: ArrayT, cap: float | None) -> ArrayT:
-    """Return cap * tanh(x / cap), which is between -cap and cap; x itself without a cap."""
+    """Return cap * tanh(x / cap), which is between -cap and cap; x if `cap` is None."""
     if cap is None:
         return x
     tanh: Any = np.tanh if isinstance(x, np.ndarray) else jnp.tanh
@@ -115,7 +115,7 @@ def scale_hidden_states(x: Float[ArrayT, "*B D"], config: ModelConfig) -> Float[
 def finish_logits(
     product: Float[ArrayT, "*B V"], bias: Float[ArrayT, "V"] | None, config: ModelConfig
 ) -> Float[ArrayT, "*B V"]:
-    """Return the logits, given the float32 matmul of the hidden states with the head's weight.
+    """Return the logits, given the float32 product of the hidden states and the head's weight.
 
     The operation is elementwise, so V may be a device's shard of the vocabulary.
     """

@@ -22,11 +22,11 @@ def linear(
     transposed: bool = False,
     dtype: str | None = None,
 ) -> Float[Array, "..."]:
-    """Return x [..., inputs] times w [inputs, outputs] plus b, contracting the last `inputs` dimensions of x.
+    """Return x [..., input] times w [input, output] plus b; "input" stands for the last `inputs` dimensions of x.
 
     A `transposed` w is [output, input], like the embedding matrix when the head uses it. The result has the dtype
-    `dtype`, or x's dtype if it is None. Weights are cast to x's dtype only in this function. The bias is added in float32,
-    so that its gradient, a sum over all tokens, is computed in float32.
+    `dtype`, or x's dtype if `dtype` is None. The weight is cast to x's dtype. The bias is added in float32, so that its
+    gradient, a sum over all tokens, is computed in float32.
 
     On one device, the dimensions that are not contracted are flattened into one. The weight gradient then contracts one
     dimension instead of batch and sequence, which is 1.6 times faster on a CPU. On several devices they stay separate,

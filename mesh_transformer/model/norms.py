@@ -85,7 +85,7 @@ class Norm(hk.Module):
         if c.norm.startswith("gptj-"):
             return self._divide_by_length(x)
         if c.norm == "nonparametric-layernorm":
-            ones = jnp.ones(c.d_model)
+            ones = jnp.ones(self.dim)
             return normalize(x, ones, jnp.zeros_like(ones), c.norm_eps, True)
         # layernorm: Ba et al. 2016; rmsnorm: Zhang and Sennrich 2019, as in Llama
         scale = norm_scale(param("scale", hk.initializers.Constant(initial_norm_scale(c)), embed=self.dim), c)
@@ -99,7 +99,8 @@ class Norm(hk.Module):
         axes = dict(embed=self.dim) if c.norm == "gptj-rmsnorm" else {}
         x_float32 = x.astype(jnp.float32)
         square = jnp.sum(jnp.square(x_float32), axis=-1, keepdims=True)
-        length = jnp.sqrt(jnp.maximum(square, jnp.finfo(jnp.float32).tiny))  # its gradient is finite at zero
+        # the gradient of a square root is infinite at zero
+        length = jnp.sqrt(jnp.maximum(square, jnp.finfo(jnp.float32).tiny))
         y = x_float32 / (length + c.norm_eps) * self._vector("scale", self.dim**0.5, axes, x.ndim)
         return (y + self._vector("bias", 0.0, axes, x.ndim) if c.norm_bias else y).astype(x.dtype)
 

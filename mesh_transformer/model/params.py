@@ -28,7 +28,7 @@ class ParamInfo(NamedTuple):
 
 
 class Inits(NamedTuple):
-    """Weight initializers by role. All deviations are absolute, independent of stacking and sharding."""
+    """Weight initializers by role. Their standard deviations do not depend on stacking or sharding."""
 
     embedding: hk.initializers.Initializer
     position: hk.initializers.Initializer
@@ -85,14 +85,14 @@ class Recorder:
     """Shapes and axes of the parameters that a model creates, recorded by `param` during `describe`."""
 
     def __init__(self) -> None:
-        self.found: dict[str, dict[str, ParamInfo]] = {}
+        self.infos: dict[str, dict[str, ParamInfo]] = {}
         self.n_repeats: int | None = None  # size of the leading axis inside a layer scan
 
     def add(self, module: str, name: str, axes: Mapping[str, int]) -> None:
-        """Record a parameter of one layer, or outside the layers."""
+        """Record a parameter of one layer, or a parameter outside the layers."""
         scan = {} if self.n_repeats is None else {STACK: self.n_repeats}
         sizes = (*scan.values(), *axes.values())
-        self.found.setdefault(module, {})[name] = ParamInfo(sizes, (*scan, *axes))
+        self.infos.setdefault(module, {})[name] = ParamInfo(sizes, (*scan, *axes))
 
 
 _recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
@@ -121,7 +121,7 @@ def describe(init: Callable[[Array], Params]) -> dict[str, dict[str, ParamInfo]]
             jax.eval_shape(init, jax.random.key(0))
     finally:
         _recorder.reset(token)
-    return {module: dict(sorted(infos.items())) for module, infos in sorted(recorder.found.items())}
+    return {module: dict(sorted(infos.items())) for module, infos in sorted(recorder.infos.items())}
 
 
 def describing() -> bool:
@@ -131,9 +131,9 @@ def describing() -> bool:
 
 @contextlib.contextmanager
 def describe_repeat(scan: str, n_repeats: int) -> Iterator[None]:
-    """Record parameters as those of one repetition of the layer scan of this name, which has `n_repeats`."""
+    """Record parameters as parameters of one repetition of the layer scan named `scan`, which has `n_repeats` repetitions."""
     recorder = _recorder.get()
-    assert recorder is not None, "only while `describe` traces"
+    assert recorder is not None, "describe_repeat may be used only while `describe` traces the model"
     recorder.n_repeats = n_repeats
     with hk.name_scope(scan):
         yield
@@ -147,8 +147,8 @@ def split_scan(module: str) -> tuple[str, str, str]:
     outside a layer scan.
     """
     for scan in SCANS:
-        before, found, inner = module.partition(f"/{scan}/")
-        if found:
+        before, separator, inner = module.partition(f"/{scan}/")
+        if separator:
             return before, scan, inner
     return module, "", ""
 

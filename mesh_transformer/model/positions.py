@@ -28,7 +28,7 @@ def make_rotation(
 ) -> Rotation:
     """Return the rotation at `positions` of local layers if `local`, otherwise of global layers.
 
-    The frequencies of "longrope" depend on the number of tokens that a sequence reaches: `reached_len`, or the largest
+    The frequencies of "longrope" depend on the length of a sequence, including later chunks: `reached_len`, or the largest
     position + 1. transformers uses the longest sequence of a batch; here each sequence is independent of the others.
     """
     frequencies = jnp.asarray(rope_frequencies(config, local=local), jnp.float32)[None, None]
@@ -70,8 +70,8 @@ def apply_rope(x: Float[Array, "B T N C"], rotation: Rotation, config: ModelConf
 def rope_frequencies(config: ModelConfig, *, local: bool = False, is_long: bool = False) -> np.ndarray:
     """Return the angle per position of each channel pair, in radians, float64 [r/2] (modeling_rope_utils of transformers).
 
-    `is_long`: for sequences of more than `original_seq_len` tokens ("longrope"). "dynamic" has the frequencies of
-    transformers for a sequence of model.seq_len tokens at every length, so that cached keys stay valid.
+    `is_long`: for sequences of more than `original_seq_len` tokens ("longrope"). "dynamic" uses at every
+    length the frequencies that transformers uses for model.seq_len tokens, so that cached keys stay valid.
     """
     r = config.rope_dim
     theta = config.rope_local_theta if local and config.rope_local_theta is not None else config.rope_theta
@@ -79,9 +79,9 @@ def rope_frequencies(config: ModelConfig, *, local: bool = False, is_long: bool 
     if scaling is None or _is_unscaled(config, local):
         return theta ** (-np.arange(0, r, 2) / r)
     factor = scaling.factor or 1.0  # None only for longrope, which does not use it
-    trained = scaling.original_seq_len or config.seq_len  # None only for linear, which does not use it
+    trained_len = scaling.original_seq_len or config.seq_len  # None only for linear, which does not use it
     if scaling.type == "dynamic":
-        theta = theta * (factor * max(config.seq_len, trained) / trained - (factor - 1)) ** (r / (r - 2))
+        theta = theta * (factor * max(config.seq_len, trained_len) / trained_len - (factor - 1)) ** (r / (r - 2))
     frequencies = theta ** (-np.arange(0, r, 2) / r)
     match scaling.type:
         case "dynamic":
@@ -91,10 +91,10 @@ def rope_frequencies(config: ModelConfig, *, local: bool = False, is_long: bool 
         case "longrope":
             return frequencies / np.asarray(scaling.long_factor if is_long else scaling.short_factor)
         case "yarn":
-            unscaled = _yarn_unscaled(config, scaling, trained)
+            unscaled = _yarn_unscaled(config, scaling, trained_len)
         case "llama3":
             low, high = scaling.low_freq_factor or 0.0, scaling.high_freq_factor or 1.0
-            rotations = trained * frequencies / (2 * math.pi)  # within the trained length
+            rotations = trained_len * frequencies / (2 * math.pi)  # full rotations within the trained length
             unscaled = np.clip((rotations - low) / (high - low), 0.0, 1.0)
     return frequencies * (unscaled + (1 - unscaled) / factor)
 
@@ -103,12 +103,13 @@ def _is_unscaled(config: ModelConfig, local: bool) -> bool:
     return local and config.rope_local_theta is not None
 
 
-def _yarn_unscaled(config: ModelConfig, scaling: RopeScalingConfig, trained: int) -> np.ndarray:
+def _yarn_unscaled(config: ModelConfig, scaling: RopeScalingConfig, trained_len: int) -> np.ndarray:
     """Return the weight of the unscaled frequency of each channel pair in YaRN (Peng et al. 2023, section 3.2)."""
     r = config.rope_dim
 
     def pair_with(rotations: float) -> float:
-        return r * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+        """Return the fractional index of the channel pair with this number of rotations within the trained length."""
+        return r * math.log(trained_len / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
     low, high = pair_with(scaling.beta_fast or 32.0), pair_with(scaling.beta_slow or 1.0)
     if scaling.truncate is not False:
@@ -121,7 +122,8 @@ def _yarn_unscaled(config: ModelConfig, scaling: RopeScalingConfig, trained: int
 def alibi_slopes(n_heads: int) -> np.ndarray:
     """Return the ALiBi slope of every head (Press et al. 2021), a geometric series.
 
-    For a number of heads that is not a power of two, the series is interleaved with that of the next power of two.
+    For a number of heads that is not a power of two, the slopes for the next lower power of two are followed by every second
+    slope for the next higher power of two.
     """
     power = 2 ** math.floor(math.log2(n_heads))
     slopes = 2.0 ** (-8.0 * np.arange(1, power + 1) / power)
@@ -132,8 +134,8 @@ def alibi_slopes(n_heads: int) -> np.ndarray:
 def falcon_alibi(key_positions: Int[Array, "B S"], config: ModelConfig) -> Float[Array, "B H S"]:
     """Return Falcon's ALiBi bias of each key: its position times the slope of the head, scaled like the scores.
 
-    Slopes, positions and products are rounded to bfloat16, as in Falcon's code. Without the rounding, softmax would not
-    distinguish this from `alibi`: the bias of a query's own position is the same for all of its keys.
+    Slopes, positions and products are rounded to bfloat16, as in Falcon's code. Without the rounding, the attention weights
+    would equal the weights of "alibi" with the slopes scaled likewise, because the two biases of a query differ by a constant.
     """
     slopes = jnp.asarray(alibi_slopes(config.n_heads))[None, :, None]
     positions = key_positions.astype(jnp.float32)[:, None]
@@ -147,8 +149,9 @@ def _round_to_bfloat16(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 def t5_buckets(distance: Int[Array, "*shape"], config: ModelConfig) -> Int[Array, "*shape"]:
     """Return the bucket of each distance = query position - key position (Raffel et al. 2019).
 
-    Causal, with 32 buckets up to a distance of 128: one bucket per distance up to 15, then logarithmic buckets. Not causal:
-    half of the buckets are for keys after the query, and distances are exact up to 7 on either side.
+    With 32 buckets up to a distance of 128, a causal model has one bucket per distance up to 15, then logarithmic buckets.
+    A model that is not causal uses half of the buckets for keys after the query, and distances are exact up to 7 on either
+    side.
     """
     count = config.t5_buckets
     offset = jnp.zeros_like(distance)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Int8 weights and KV caches for sampling, and matmuls with weights that are dequantized in the cache."""
+"""Int8 weights and KV caches for sampling, and matmuls that dequantize a weight block by block in the CPU's cache."""
 
 import math
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ class Quantized(NamedTuple):
     """An array stored as values * scale, with one scale for all values that a matmul sums into the same output."""
 
     values: Int8[Array, "..."]
-    scale: Float[Array, "..."]  # float32, of the same rank; 1 along the dimensions that a matmul contracts
+    scale: Float[Array, "..."]  # float32, rank of `values`; size 1 along the dimensions that a matmul contracts
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -49,7 +49,7 @@ def quantized_matmul(
     """Return the float32 matmul of x with a quantized weight, on one device. See `linear` for `inputs` and `transposed`.
 
     Matmuls on a CPU support float32 only: XLA would convert an entire quantized weight in memory, and decoding is bound by
-    memory bandwidth. Instead, one block at a time is converted, which fits into the cache.
+    memory bandwidth. Instead, one block at a time is converted, which fits into the CPU's cache.
     """
     values, scale = w if isinstance(w, Quantized) else (w, None)
     k = math.prod(w.shape[:inputs])
@@ -64,14 +64,14 @@ def quantized_matmul(
 def _matmul_transposed(x: Float[Array, "M K"], values: Array) -> Float[Array, "M N"]:
     """Return x times the transpose of `values` [N, K], computed in blocks of rows; the last two blocks overlap."""
     n, k = values.shape
-    size = min(max(BLOCK_SIZE // k, 1), n)
+    n_rows = min(max(BLOCK_SIZE // k, 1), n)
 
     def step(i: Array, y: Array) -> Array:
-        first = jnp.minimum(i * size, n - size)
-        block = jax.lax.dynamic_slice(values, (first, 0), (size, k)).astype(jnp.float32)
+        first = jnp.minimum(i * n_rows, n - n_rows)
+        block = jax.lax.dynamic_slice(values, (first, 0), (n_rows, k)).astype(jnp.float32)
         return jax.lax.dynamic_update_slice(y, jnp.einsum("mk,nk->mn", x, block), (0, first))
 
-    return jax.lax.fori_loop(0, -(-n // size), step, jnp.zeros((x.shape[0], n), jnp.float32))
+    return jax.lax.fori_loop(0, -(-n // n_rows), step, jnp.zeros((x.shape[0], n), jnp.float32))
 
 
 def _matmul(x: Float[Array, "M K"], values: Array) -> Float[Array, "M N"]:

@@ -64,8 +64,8 @@ class Block(hk.Module):
         c = self.config
         inits = make_inits(c)
         routing: RoutingStats | None = None
-        attention_kind = Attention if c.latent_attention is None else LatentAttention
-        self_attention = attention_kind(c, inits, self.kind)
+        attention_class = Attention if c.latent_attention is None else LatentAttention
+        self_attention = attention_class(c, inits, self.kind)
         dense = FeedForward(c, inits, shared=self.kind.has_experts)
         experts = MoELayer(c, inits) if self.kind.has_experts else None
 
@@ -99,8 +99,8 @@ class Block(hk.Module):
 
 
 # With sequence parallelism the residual stream is sharded along `tensor` too: it is gathered before the matmuls of a layer
-# and reduce-scattered after them. Each function applies two constraints, because from partial sums to the finer sharding in
-# one step, XLA would gather the sequence over `context` as well.
+# and reduce-scattered after them. Each function applies two constraints: with only the constraint of the finer sharding
+# on partial sums, XLA would gather the sequence over `context` as well.
 def gather_sequence(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """Return `x` with the sharding used inside a layer: the sequence is sharded over the mesh axes of "sequence" only."""
     x = constrain(x, "batch", "activation_seq", "activation_embed")
@@ -148,7 +148,7 @@ class Transformer(hk.Module):
         cache: KVCaches | None = None,
         **inputs: Any,
     ) -> tuple[Float[Array, "B T E"], KVCaches | None, RoutingStats | None]:
-        """Return the input of the head, the updated cache, and routing statistics (those of the encoder first).
+        """Return the input of the head, the updated cache, and routing statistics (the encoder's layers first).
 
         Without a cache, the hidden states are in zigzag order.
         """
@@ -211,7 +211,7 @@ class Transformer(hk.Module):
         """Return the encoder output, and the routing statistics of its layers; None without an encoder.
 
         Without `tokens`, the keys and values of an earlier call are read from `cache`. Decoder tokens attend to encoder
-        tokens with the same segment ID. If only one side has segment IDs, those of the other side are 1.
+        tokens with the same segment ID. If only one side has segment IDs, the segment IDs of the other side are 1.
         """
         encoder = self.config.encoder
         if encoder is None:
@@ -306,7 +306,7 @@ class Transformer(hk.Module):
     ) -> AttentionContext:
         """Return the context of this stack's layers, without an encoder output.
 
-        A query attends to earlier indices of the sequence; with a cache, to earlier positions.
+        In a causal model, a query attends to keys up to its index in the sequence; with a cache, up to its position.
         """
         c = self.config
         length = positions.shape[1]
@@ -429,7 +429,7 @@ def make_model(config: ModelConfig) -> Model:
     segment_ids [B, T]          a token attends only to tokens with the same segment ID
     cache                       keys and values are written at `positions`; tokens attend to all earlier positions
     logits_at [B]               index of the only token of each sequence whose logits are returned
-    reached_len [B]             tokens that each sequence reaches, if not its largest position + 1 (see `make_rotation`)
+    reached_len [B]             length of each sequence, if not its largest position + 1 (see `make_rotation`)
     encoder_tokens [B, S]       input of the encoder; with a cache, in the first call only
     encoder_segment_ids [B, S]  like `segment_ids`, 0 for padding; with a cache, in every call
     token_types [B, T]          with model.n_token_types; default: 0

@@ -31,22 +31,21 @@ PACKAGE_PARENT = Path(__file__).parents[2]  # a clone's root, or site-packages i
 
 
 class CompileError(RuntimeError):
-    """The compiler failed for a reason other than memory; the message ends with its last error."""
+    """The compiler failed for a reason other than memory; the message ends with the compiler's last error."""
 
 
 def environment(topology: str) -> dict[str, str]:
     """Return the environment of a subprocess that compiles for a topology."""
     env = dict(os.environ)
-    if str(PACKAGE_PARENT) not in map(
-        sysconfig.get_path, ("purelib", "platlib")
-    ):  # a clone or a copy, not an installed package
+    is_installed = str(PACKAGE_PARENT) in map(sysconfig.get_path, ("purelib", "platlib"))
+    if not is_installed:  # a clone or a copy
         env["PYTHONPATH"] = os.pathsep.join([str(PACKAGE_PARENT), *filter(None, [env.get("PYTHONPATH")])])
     if topology == "local":
         return env
     env["JAX_PLATFORMS"] = "cpu"
-    found = parse_topology(topology)
-    if found.chip is None:
-        env["JAX_NUM_CPU_DEVICES"] = str(found.devices)
+    parsed = parse_topology(topology)
+    if parsed.chip is None:
+        env["JAX_NUM_CPU_DEVICES"] = str(parsed.devices)
     else:
         env |= ABSENT_TPU
     env["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # programs compiled for absent devices cannot be deserialized

@@ -67,11 +67,11 @@ def lower_training(job: CompileJob, layout: MeshLayout) -> tuple[Any, CompiledSt
     hardware = count_jaxpr_flops(traced.jaxpr.jaxpr)
     plain = without_remat(config)
     model_flops = hardware if plain == config else count_flops(jit_train_step(plain, layout, shardings), shapes, batch)
-    kinds = {"parameters": 0, "moments": 0, "other state": 0}
-    names = {"params": "parameters", "opt_state": "moments"}
+    bytes_by_kind = {"parameters": 0, "moments": 0, "other state": 0}
+    kind_of_field = {"params": "parameters", "opt_state": "moments"}
     for name, leaf in flatten_state(state).items():
-        kinds[names.get(name.split("/")[0], "other state")] += _device_bytes(leaf)
-    kinds["batch"] = sum(_device_bytes(leaf) for leaf in jax.tree.leaves(batch))
+        bytes_by_kind[kind_of_field.get(name.split("/")[0], "other state")] += _device_bytes(leaf)
+    bytes_by_kind["batch"] = sum(_device_bytes(leaf) for leaf in jax.tree.leaves(batch))
     return traced.lower(), CompiledStats(
         topology=job.topology,
         platform=layout.mesh.devices.flat[0].platform,
@@ -81,7 +81,7 @@ def lower_training(job: CompileJob, layout: MeshLayout) -> tuple[Any, CompiledSt
         tokens=config.train.batch_size * config.model.seq_len,
         flops=model_flops,
         hardware_flops=hardware,
-        bytes_by_kind=kinds,
+        bytes_by_kind=bytes_by_kind,
         gradient_bytes=sum(4 * _device_bytes(leaf) // leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params)),
         state_bytes=sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)),
         low_effort=job.low_effort,
@@ -173,7 +173,7 @@ def _largest_logits(module: HloModule, job: CompileJob, layout: MeshLayout) -> i
         for instruction in instructions if module.run_counts.get(name) else ():
             for array in instruction.arrays:
                 if vocab in array.shape and len(array.shape) > 1 and array.shape not in weights:
-                    largest = max(largest, array.size)
+                    largest = max(largest, array.nbytes)
     return largest
 
 
@@ -199,7 +199,7 @@ def locate_traffic(collective: Collective, layout: MeshLayout, topology: Topolog
 def _is_ring(topology: Topology, size: int, used: int) -> bool:
     """Return whether a torus dimension of `size` chips is a ring that a group spans completely.
 
-    Optical switches connect cubes of 4 x 4 x 4 chips to rings; 2D pods have rings only at their full length.
+    Optical switches join cubes of 4 x 4 x 4 chips into rings; a dimension of a 2D pod is a ring only at its full length.
     """
     assert topology.chip is not None
     if used < size:

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Programs of the sampling engines, lowered from shapes for hardware that need not be present.
 
-For a decoder-only model, the program that decodes a token per sequence with full KV caches. For an encoder-decoder model,
-the program that decodes a token per sequence, and the program that encodes the prompts.
+For a decoder-only model, this is the program that decodes one token per sequence with full KV caches. For an
+encoder-decoder model, these are the program that decodes one token per sequence and the program that encodes the prompts.
 """
 
 import math

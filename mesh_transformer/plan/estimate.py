@@ -72,11 +72,11 @@ class _Step(NamedTuple):
     config: Config
     topology: Topology
     mesh: MeshSizes
-    item: int  # bytes of an activation
+    itemsize: int  # bytes of one element of the activations
     n_params: float
     n_expert_params: float  # the part of n_params in experts
     moment_bytes: float
-    tokens: float  # of a microbatch, per decoder layer; an encoder's layers count as additional tokens
+    tokens: float  # tokens of a microbatch; the encoder's layers are counted as additional tokens of the decoder
     stores_scores: bool  # whether attention writes its scores to memory
 
 
@@ -95,7 +95,7 @@ def estimate_training(config: Config, topology_name: str, params: dict[str, Para
         config=config,
         topology=topology,
         mesh=mesh,
-        item=2 if model.dtype == "bfloat16" else 4,
+        itemsize=2 if model.dtype == "bfloat16" else 4,
         n_params=sum(sizes.values()),
         n_expert_params=sum(size for name, size in sizes.items() if "expert" in params[name].axes),
         moment_bytes=sum(moment.nbytes / mesh.num_shards(*moment.axes) for moment in moments),
@@ -149,13 +149,13 @@ class Stack(NamedTuple):
 def _find_stacks(config: Config, params: Mapping[str, ParamInfo]) -> list[Stack]:
     """Return the stack with the LM head and, for an encoder-decoder model, the encoder.
 
-    Excluded are embedding look-ups, which need no FLOPs, and the pooler and the classifier, which read one token of a
-    sequence.
+    Embedding look-ups are excluded because they need no FLOPs, and the pooler and the classifier because they read only one
+    token of a sequence.
     """
     encoder = {name: info for name, info in params.items() if name.startswith("transformer/encoder/")}
     embeddings = set() if config.model.tied_embeddings else {"transformer/w_tokens"}
-    once = ("transformer/pooler/", "transformer/classifier/")
-    unused = encoder.keys() | embeddings | {name for name in params if name.startswith(once)}
+    sequence_heads = ("transformer/pooler/", "transformer/classifier/")
+    unused = encoder.keys() | embeddings | {name for name in params if name.startswith(sequence_heads)}
     decoder = {name: info for name, info in params.items() if name not in unused}
     stacks = [Stack(config.model, decoder, config.target_len)]
     if config.model.encoder is not None:
@@ -221,13 +221,13 @@ def _stores_scores(model: ModelConfig, topology: Topology) -> bool:
 
 def _activation_bytes(step: _Step) -> float:
     """Return the bytes per token that one layer saves for the backward pass, by model.remat."""
-    model, mesh, item = step.config.model, step.mesh, step.item
+    model, mesh, itemsize = step.config.model, step.mesh, step.itemsize
     period = len(model.pattern)
-    residual = model.d_model * item / (mesh.num_shards("activation_seq") / mesh.num_shards("sequence"))
-    attn_output = model.n_heads * model.head_dim * item / mesh.num_shards("heads")
-    kv = model.kv_heads * (model.head_dim + model.value_dim) * item / mesh.num_shards("kv_heads")
+    residual = model.d_model * itemsize / (mesh.num_shards("activation_seq") / mesh.num_shards("sequence"))
+    attn_output = model.n_heads * model.head_dim * itemsize / mesh.num_shards("heads")
+    kv = model.kv_heads * (model.head_dim + model.value_dim) * itemsize / mesh.num_shards("kv_heads")
     heads = attn_output + kv
-    hidden = _hidden_units(model) * item * (2 if model.gated_ffn else 1) / mesh.num_shards("ff")
+    hidden = _hidden_units(model) * itemsize * (2 if model.gated_ffn else 1) / mesh.num_shards("ff")
     scores = 6 * model.n_heads / mesh.num_shards("heads") * model.seq_len if step.stores_scores else attn_output
     match model.remat:
         case "none":
@@ -244,20 +244,20 @@ def _activation_bytes(step: _Step) -> float:
 
 def _layer_bytes(step: _Step, tokens: float) -> float:
     """Return the working set of one period of layers: scores or attention arrays, hidden units, and gathered weights."""
-    model, mesh, item = step.config.model, step.mesh, step.item
-    attention = 6 * item * model.n_heads * model.head_dim / mesh.num_shards("heads")
+    model, mesh, itemsize = step.config.model, step.mesh, step.itemsize
+    attention = 6 * itemsize * model.n_heads * model.head_dim / mesh.num_shards("heads")
     if step.stores_scores:
         attention = SCORE_BYTES * model.n_heads / mesh.num_shards("heads") * model.seq_len
     hidden = FFN_BYTES * _hidden_units(model) / mesh.num_shards("ff") * (2 if model.gated_ffn else 1)
-    per_token = (attention + 4 * item * model.d_model + hidden) * len(model.pattern)
+    per_token = (attention + 4 * itemsize * model.d_model + hidden) * len(model.pattern)
     n_experts = model.experts.n_experts / mesh.num_shards("expert") if model.experts else 0.0
     units = max(n_experts * model.expert_ff_dim, model.ff_dim)
-    weights = 2 * item * _layer_weights(model, units) / mesh.num_shards("ff")
+    weights = 2 * itemsize * _layer_weights(model, units) / mesh.num_shards("ff")
     return tokens / mesh.num_shards("sequence") * per_token + weights
 
 
 def _hidden_units(model: ModelConfig) -> float:
-    """Return the hidden units of feed-forward layers that a layer computes per token, on average over the layers."""
+    """Return the number of feed-forward hidden units that a layer computes per token, on average over the layers."""
     shared = model.shared_ff_dim if model.experts and model.experts.shared_expert else 0
     sparse = expert_rows_per_token(model) * model.expert_ff_dim + shared
     return sum(sparse if kind.has_experts else model.ff_dim for kind in model.layer_kinds) / model.n_layers
@@ -303,19 +303,19 @@ def _stack_flops(model: ModelConfig, n_params: float, tokens: int) -> tuple[floa
 
 def _hbm_bytes(step: _Step) -> float:
     """Return the HBM traffic in bytes: state read and written, weights read 3 times, about 30 passes over activations."""
-    model, mesh, item = step.config.model, step.mesh, step.item
+    model, mesh, itemsize = step.config.model, step.mesh, step.itemsize
     microbatches = step.config.train.grad_accum_steps
     state = 2 * (4 * step.n_params + step.moment_bytes) + 8 * step.n_params
-    weights = 3 * item * step.n_params * mesh.sizes["fsdp"] * microbatches
+    weights = 3 * itemsize * step.n_params * mesh.sizes["fsdp"] * microbatches
     tokens = step.tokens * microbatches
-    residual = 30 * item * model.d_model * tokens * model.n_layers
+    residual = 30 * itemsize * model.d_model * tokens * model.n_layers
     scores = 4 * SCORE_BYTES * tokens * model.n_heads / mesh.num_shards("heads") * model.seq_len * model.n_layers
     logits = 2 * LOGIT_BYTES * tokens * model.n_vocab / mesh.num_shards("vocab")
     return state + weights + residual + scores * step.stores_scores + logits
 
 
 def _traffic(step: _Step) -> list[Traffic]:
-    model, item = step.config.model, step.item
+    model, itemsize = step.config.model, step.itemsize
     microbatches = step.config.train.grad_accum_steps
     sizes = step.mesh.sizes
     traffic: list[Traffic] = []
@@ -326,12 +326,12 @@ def _traffic(step: _Step) -> list[Traffic]:
             traffic.append(Traffic([axis], kind, sizes[axis], count, sent, dims, wrapped, spanned))
 
     fsdp, data, tensor, expert = (sizes[axis] for axis in ("fsdp", "data", "tensor", "expert"))
-    weights = microbatches * item * step.n_params * (fsdp - 1)
+    weights = microbatches * itemsize * step.n_params * (fsdp - 1)
     add("fsdp", "all-gather", 2 * model.n_layers * microbatches, 2 * weights)
     add("fsdp", "reduce-scatter", model.n_layers * microbatches, weights)
     add("data", "all-reduce", model.n_layers, 2 * 4 * step.n_params * (data - 1) / data)
     recomputes_layers = model.remat not in ("none", "dots")
-    residual = step.tokens * model.d_model * item
+    residual = step.tokens * model.d_model * itemsize
     if model.experts is not None:
         passes = 4 + 2 * recomputes_layers
         count = passes * count_expert_layers(model) * microbatches
@@ -346,7 +346,7 @@ def _traffic(step: _Step) -> list[Traffic]:
 
 
 def _locate_axis(axis: str, sizes: dict[str, int], topology: Topology) -> tuple[int, int, bool]:
-    """Return the number of slices or hosts and of torus dimensions that a mesh axis spans, and whether these are rings.
+    """Return the number of slices or hosts and of torus dimensions that a mesh axis spans, and whether the dimensions are rings.
 
     Only sizes are considered, not the positions of devices.
     """

@@ -27,9 +27,9 @@ class MemoryUse(NamedTuple):
 def memory_use(stats: CompiledStats, chip: Chip | None) -> MemoryUse:
     """Return a device's memory use by kind, and whether it fits.
 
-    Arguments are exact. Gradients have the size of their shapes, activations are the arrays that loops save for the
-    backward pass, and the rest of the peak is temporary. The rest is negative if some of these kinds share memory because
-    they do not exist at the same time.
+    The sizes of the arguments are exact. Gradients have the size of their shapes, activations are the arrays that loops save
+    for the backward pass, and the rest of the peak is temporary. The rest is negative if some of these kinds share memory
+    because they do not exist at the same time.
     """
     by_kind = dict(stats.bytes_by_kind)
     usable = stats.limit_bytes or (chip.memory if chip else None)
@@ -84,7 +84,7 @@ class Plan(NamedTuple):
 def make_plan(config: Config, stats: CompiledStats, *, tokens: float | None = None, price: float | None = None) -> Plan:
     """Return the plan of a compiled program.
 
-    `tokens` is the number of tokens to train on (default: train.steps of them), `price` the price per chip-hour.
+    `tokens` is the number of tokens to train on (default: the tokens of train.steps steps), `price` the price per chip-hour.
     """
     topology = parse_topology(stats.topology)
     chip = topology.chip or DEVICE_KINDS.get(stats.device_kind)
@@ -97,7 +97,8 @@ def make_plan(config: Config, stats: CompiledStats, *, tokens: float | None = No
         )
     if stats.platform == "gpu" and chip:
         notes.append(
-            f"the usable memory is 95% of each {chip.name}: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 (JAX's default is 0.75)"
+            f"the usable memory is 95% of the memory of each {chip.name}: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 "
+            "(JAX's default is 0.75)"
         )
     unused = topology.devices - stats.devices
     if unused > 0:
@@ -109,7 +110,7 @@ def make_plan(config: Config, stats: CompiledStats, *, tokens: float | None = No
         mfu_no_overlap = model_flops_utilization(stats, chip, roofline.upper_bound)
         chips = topology.chips if topology.shape else stats.devices // chip.devices
         cost = _cost(budget, stats, roofline, chip, chips, price)
-    on_device = sum(stats.bytes_by_kind.get(kind, 0) for kind in ("parameters", "moments", "other state"))
+    device_state_bytes = sum(stats.bytes_by_kind.get(kind, 0) for kind in ("parameters", "moments", "other state"))
     return Plan(
         config=config,
         stats=stats,
@@ -120,7 +121,7 @@ def make_plan(config: Config, stats: CompiledStats, *, tokens: float | None = No
         mfu_no_overlap=mfu_no_overlap,
         cost=cost,
         checkpoint_bytes=stats.state_bytes,
-        host_bytes=on_device * math.ceil(stats.devices / topology.hosts),
+        host_bytes=device_state_bytes * math.ceil(stats.devices / topology.hosts),
         host_memory=chip.host_memory if chip else None,
         hosts=topology.hosts,
         notes=notes,

@@ -14,7 +14,8 @@ from mesh_transformer.config import Config, config_to_dict, parse_config
 
 # Packages whose code determines the compiled programs, in addition to the top-level modules.
 CODE_PACKAGES = ("config", "model", "train", "sample", "plan")
-COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "dm-haiku", "optax")
+# Libraries whose versions determine the compiled programs.
+LIBRARIES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "dm-haiku", "optax")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,8 +39,8 @@ class CompileJob:
     def digest(self) -> str:
         """Return a digest that is equal for jobs with the same program.
 
-        The digest includes the code that makes the program and the compiler's version, but not the run's folder, data or
-        samples.
+        The digest includes the code that makes the program and the compiler's version, but not the configuration of the run
+        folder, checkpoints, data and samples.
         """
         table = json.loads(self.to_json())
         for name in ("run", "checkpoint", "sample", "track"):
@@ -55,13 +56,13 @@ class CompileJob:
 
 @functools.cache
 def digest_code(package: Path = Path(__file__).parents[1]) -> str:
-    """Return a digest of the package's code and of the versions of the libraries in COMPILERS."""
+    """Return a digest of the package's code and of the versions of LIBRARIES."""
     digest = hashlib.blake2b(digest_size=12)
     for file in sorted(
         [*package.glob("*.py"), *(file for name in CODE_PACKAGES for file in (package / name).rglob("*.py"))]
     ):
         digest.update(f"{file.relative_to(package).as_posix()} ".encode() + file.read_bytes())
-    for name in COMPILERS:
+    for name in LIBRARIES:
         try:
             digest.update(f"{name} {metadata.version(name)} ".encode())
         except metadata.PackageNotFoundError:
@@ -94,7 +95,7 @@ class CompiledStats:
     tokens: int  # processed, or generated, in one step
     flops: float  # model FLOPs
     hardware_flops: float  # including recomputation
-    bytes_by_kind: dict[str, int]  # arguments, from shapes: parameters, moments, other, batch, ...
+    bytes_by_kind: dict[str, int]  # of the arguments, from shapes; kinds such as parameters, moments, batch or cache
     gradient_bytes: int  # of all gradients, from shapes
     idle_bytes: int = 0  # weights in memory that the program does not use
     state_bytes: int = 0  # of all devices, without replicas: the size of a checkpoint
@@ -107,10 +108,10 @@ class CompiledStats:
     traffic: list[Traffic] = dataclasses.field(default_factory=list)
     compiler_error: str = ""  # the compiler's message if the program does not fit
     needed_bytes: int = 0  # stated in compiler_error
-    limit_bytes: int = 0  # stated in compiler_error, or by local devices
+    limit_bytes: int = 0  # stated in compiler_error, or reported by local devices
     device_kind: str = ""  # of local devices, as reported by JAX
     compile_seconds: float = 0.0
-    compiler: str = ""  # versions
+    compiler: str = ""  # versions of JAX and of the compiler
     low_effort: bool = False
     sharding_table: str = ""
     encode: "CompiledStats | None" = None  # of an encoder-decoder model: the program that encodes prompts

@@ -28,7 +28,7 @@ def format_plan(plan: Plan) -> str:
         parts.append(_storage(plan))
     if plan.encode:
         parts += [
-            "encoder: runs once per batch before decoding, and samples the first tokens",
+            "encoder: runs once per batch before decoding; the same program samples the first tokens",
             _memory(plan.encode),
         ]
         parts += [_times(plan.encode)] if plan.encode.roofline else []
@@ -60,7 +60,7 @@ def describe_mesh(sizes: dict[str, int]) -> str:
 
 
 def describe_fit(plan: Plan) -> str:
-    """Return whether a plan fits in memory and the difference, as text."""
+    """Return text that states whether a plan fits in memory, and the size of the free or the missing memory."""
     memory = plan.memory
     if memory.fits is None or memory.usable is None:
         return "unknown: these devices do not report their memory"
@@ -72,10 +72,10 @@ def describe_fit(plan: Plan) -> str:
 
 
 def _heading(stats: CompiledStats) -> str:
-    how = stats.compiler if stats.compiler == LABEL else f"compiled by {stats.compiler}"
-    how += f" in {stats.compile_seconds:.0f} s" if stats.compile_seconds else ""
+    origin = stats.compiler if stats.compiler == LABEL else f"compiled by {stats.compiler}"
+    origin += f" in {stats.compile_seconds:.0f} s" if stats.compile_seconds else ""
     mesh = describe_mesh(stats.mesh)
-    return f"{stats.topology}: {stats.devices:,} device(s), mesh {mesh}; {stats.parameters:,} parameters\n{how}"
+    return f"{stats.topology}: {stats.devices:,} device(s), mesh {mesh}; {stats.parameters:,} parameters\n{origin}"
 
 
 def _memory(plan: Plan) -> str:
@@ -83,7 +83,9 @@ def _memory(plan: Plan) -> str:
     name, unit = ("GiB", GIB) if memory.peak >= GIB else ("MiB", MIB)
     rows = [("memory per device", name)]
     rows += [
-        (kind, f"{size / unit:,.2f}") for kind, size in memory.bytes_by_kind.items() if size or kind == "parameters"
+        (kind, f"{n_bytes / unit:,.2f}")
+        for kind, n_bytes in memory.bytes_by_kind.items()
+        if n_bytes or kind == "parameters"
     ]
     peak = "peak" if not plan.stats.compiler_error else "required, reported by the compiler"
     rows.append((peak, f"{memory.peak / unit:,.2f}"))
@@ -105,11 +107,11 @@ def _training(plan: Plan) -> str:
 
 
 def _sampling(plan: Plan) -> str:
-    stats, job = plan.stats, plan.stats.bytes_by_kind
+    stats, sizes = plan.stats, plan.stats.bytes_by_kind
     rows = [
         ("sequences", f"{stats.tokens:,}"),
-        ("KV cache of all devices", f"{job['cache'] * stats.devices / GIB:,.2f} GiB (including replicas)"),
-        ("FLOPs per token of every sequence", f"{stats.flops:.4g}"),
+        ("KV cache of all devices", f"{sizes['cache'] * stats.devices / GIB:,.2f} GiB (including replicas)"),
+        ("FLOPs per step (one token per sequence)", f"{stats.flops:.4g}"),
     ]
     if plan.roofline:
         rows.append(("maximum tokens/s, all sequences", f"{stats.tokens / plan.roofline.lower_bound:,.0f}"))
@@ -148,15 +150,15 @@ def _cost_rows(plan: Plan, cost: Cost) -> list[tuple[str, str]]:
         ("energy", f"{_amount(cost.megawatt_hours)} to {_amount(cost.megawatt_hours * slow)} MWh"),
     ]
     if cost.money is not None:
-        rows.append(("money", f"{_amount(cost.money)} to {_amount(cost.money * slow)}"))
+        rows.append(("cost", f"{_amount(cost.money)} to {_amount(cost.money * slow)}"))
     return rows
 
 
 def _traffic(traffic: Sequence[Traffic]) -> str:
-    most = max(row.sent for row in traffic)
-    name, unit = ("GB", GB) if most >= GB else ("MB", 1e6)
+    largest = max(row.sent for row in traffic)
+    name, unit = ("GB", GB) if largest >= GB else ("MB", 1e6)
     rows = [("sent per device and step", "operation", "group", "count", name)]
-    shown = [row for row in traffic if row.sent >= most / 1000][:12]
+    shown = [row for row in traffic if row.sent >= largest / 1000][:12]
     for row in shown:
         over = "+".join(row.axes) + (f" ({row.groups_spanned} slices or hosts)" if row.groups_spanned > 1 else "")
         rows.append((over or "dcn", row.kind, str(row.group), f"{row.count:,}", f"{row.sent / unit:,.3f}"))

@@ -5,13 +5,13 @@
     matmul      hardware FLOPs / (devices x peak)
     memory      bytes moved to and from HBM / bandwidth                         (from the compiled program)
     mesh axis   bytes sent over it / bandwidth of the torus dimensions it spans (from the compiled program)
-    dcn         groups that span slices or hosts: bytes sent between them / the chips' share of the host network
+    dcn         data-center network: bytes sent between slices or hosts / the chips' share of the host network
 
 With full overlap a step takes the longest of these times (lower bound), without overlap their sum (upper bound). Real steps
 take longer than the lower bound; the model does not predict whether they take longer than the upper bound.
 
 A ring sends in both directions, so a torus dimension that is a ring has twice the bandwidth of a link, and a dimension that
-is not a ring the bandwidth of one link. A group that spans several dimensions uses all of them. Devices that share a chip
+is not a ring has the bandwidth of one link. A group that spans several dimensions uses all of them. Devices that share a chip
 share its links.
 """
 

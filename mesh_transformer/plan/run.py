@@ -56,7 +56,7 @@ def parse_amount(text: str) -> float:
 
 
 def run_plan(config: Config, options: PlanOptions) -> None:
-    """Plan a run and print the result."""
+    """Plan a run and print the report."""
     topology = parse_topology(options.topology)  # first, so that an unknown name is reported at once
     if topology.name != "local":
         jax.config.update("jax_platforms", "cpu")  # do not initialize local accelerators, which are not planned for
@@ -111,7 +111,8 @@ def _print_search(job: CompileJob, compile_one: Callable[[CompileJob], CompiledS
     topology = parse_topology(job.topology)
     if not topology.devices:
         raise ConfigError(
-            f"--topology {job.topology}: --search needs the name of a product; pass v5e-8, 8xH100 or cpu-8, for example"
+            f"--topology {job.topology}: --search needs a topology with a fixed number of devices; pass v5e-8, 8xH100 or "
+            "cpu-8, for example"
         )
     if options.decode:
         raise ConfigError("--decode cannot be combined with --search, which plans training; remove one of them")

@@ -3,7 +3,7 @@
 """Search for the best mesh, remat policy and number of microbatches: estimates all candidates and compiles the best few.
 
 Candidates are compared by the mean of the lower and the upper bound of the step time (roofline.py). A candidate is on the
-Pareto frontier if no other candidate is both faster and smaller.
+Pareto frontier if no other candidate is better in step time or memory and at least as good in the other.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from mesh_transformer.plan.suggestions import change_config
 
 GIB = 2**30
 ESTIMATE_LIMIT = 1.15  # fraction of the usable memory; candidates with a higher estimate are not compiled
-MAX_TENSOR = 16
+MAX_TENSOR = 16  # largest searched size of the mesh axis `tensor`
 MAX_PER_MESH = 2  # compiled candidates per mesh
 SEARCHED_AXES = ("data", "fsdp", "tensor")  # other axes keep their sizes
 
@@ -89,8 +89,8 @@ def list_candidates(job: CompileJob, chip: Chip) -> Iterator[Candidate]:
     params = describe_model(config.model)
     policies = get_args(get_type_hints(ModelConfig)["remat"])
     for mesh in list_meshes(config, devices):
-        rows, left = divmod(config.train.batch_size, _batch_shards(config, mesh))
-        if left or not rows:
+        rows, remainder = divmod(config.train.batch_size, _batch_shards(config, mesh))
+        if remainder or not rows:
             continue
         for grad_accum_steps in (n for n in (2**i for i in range(rows.bit_length())) if rows % n == 0):
             for remat in policies:
@@ -108,8 +108,8 @@ def list_candidates(job: CompileJob, chip: Chip) -> Iterator[Candidate]:
 def list_meshes(config: Config, devices: int) -> Iterator[dict[str, int]]:
     """Yield all assignments of `devices` devices to the searched axes that divide the model's sizes."""
     fixed = {axis: getattr(config.mesh, axis) for axis in MESH_AXES if axis not in SEARCHED_AXES}
-    inner, left = divmod(devices, math.prod(fixed.values()))
-    if left:
+    inner, remainder = divmod(devices, math.prod(fixed.values()))
+    if remainder:
         return
     model = config.model
     hidden = {info.shape[info.axes.index("ff")] for info in describe_model(model).values() if "ff" in info.axes}

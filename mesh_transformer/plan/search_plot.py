@@ -22,12 +22,12 @@ svg{background:#fff;color:#1b1f24;font:13px system-ui,sans-serif}.grid{stroke:#e
 """
 
 
-def draw_search(found: SearchResult, chip: Chip, title: str) -> str:
+def draw_search(result: SearchResult, chip: Chip, title: str) -> str:
     """Return the SVG file as text. Compiled candidates are numbered."""
-    dots = [(candidate.seconds * 1e3, candidate.estimate.peak_bytes / GIB) for candidate in found.considered]
+    dots = [(candidate.seconds * 1e3, candidate.estimate.peak_bytes / GIB) for candidate in result.considered]
     limit = chip.memory / GIB
     dots = [(x, y) for x, y in dots if y <= 3 * limit]
-    compiled = [(candidate, *_coordinates(candidate, chip)) for candidate in found.compiled]
+    compiled = [(candidate, *_coordinates(candidate, chip)) for candidate in result.compiled]
     xs = [x for x, _ in dots] + [x for _, x, _ in compiled]
     ys = [y for _, y in dots] + [y for _, _, y in compiled] + [limit]
     x_axis = make_axis(min(xs), max(xs), log=max(xs) > 8 * min(xs))
@@ -53,8 +53,10 @@ def draw_search(found: SearchResult, chip: Chip, title: str) -> str:
         parts.append(f'<path class="frontier" d="M{path}"/>')
     parts += _draw_compiled(compiled, x_axis, y_axis, chip)
     body = f"<style>{STYLE}</style>{''.join(parts)}"
-    size = f'viewBox="0 0 {FRAME.width} {FRAME.height}" width="{FRAME.width}" height="{FRAME.height}"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{escape(title)}">{body}</svg>\n'
+    dimensions = f'viewBox="0 0 {FRAME.width} {FRAME.height}" width="{FRAME.width}" height="{FRAME.height}"'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {dimensions} role="img" aria-label="{escape(title)}">{body}</svg>\n'
+    )
 
 
 def _coordinates(candidate: Candidate, chip: Chip) -> tuple[float, float]:
@@ -85,6 +87,6 @@ def _draw_axes(x_axis: Axis, y_axis: Axis) -> str:
     rotate = f"translate(18 {y}) rotate(-90)"
     return (
         draw_grid(FRAME, x_axis, y_axis)
-        + text(x, FRAME.height - 10, "step time in ms, middle of the two bounds", style="axis", anchor="middle")
+        + text(x, FRAME.height - 10, "step time in ms, mean of the two bounds", style="axis", anchor="middle")
         + element("text", "peak memory of a device in GiB", style="axis", transform=rotate, text_anchor="middle")
     )

@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Suggestion of the smallest configuration change with which a run fits in memory.
 
-Changes are compiled in order of their cost. The first cost only time and do not affect the training result: more loss
-chunks, more recomputation, more microbatches, residual stream sharded over `tensor`, replicas moved to `fsdp`, then devices
-moved to `tensor`. The others affect it: moments in bfloat16, a smaller batch, an optimizer with less state. Single changes
-are tried before combinations.
+Changes are compiled in order of their cost. The first changes cost only time and do not affect the training result: more
+loss chunks, more recomputation, more microbatches, residual stream sharded over `tensor`, replicas moved to `fsdp`, then
+devices moved to `tensor`. The last changes affect the result: moments in bfloat16, a smaller batch, an optimizer with less
+state. Single changes are tried before combinations.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ MAX_COMBINED = 3  # changes tried together
 
 
 class ConfigChange(NamedTuple):
-    """Overrides in the form of --set, and their description."""
+    """Overrides, written as for --set, and their description."""
 
     overrides: tuple[str, ...]
     description: str
@@ -134,13 +134,14 @@ def _grad_accum(config: Config, sizes: dict[str, int], rules: dict[str, tuple[st
     rows = config.train.batch_size
     for axis in rules["batch"]:
         rows //= sizes[axis]
-    found, now = [], config.train.grad_accum_steps
-    if now > 1:  # the accumulated gradients may need more memory than microbatches save
-        found.append(ConfigChange(("train.grad_accum_steps=1",), f"one batch instead of {now} microbatches"))
-    for count in (now * 2**n for n in range(1, 12)):
+    changes, current = [], config.train.grad_accum_steps
+    if current > 1:  # the accumulated gradients may need more memory than microbatches save
+        changes.append(ConfigChange(("train.grad_accum_steps=1",), f"one batch instead of {current} microbatches"))
+    for count in (current * 2**n for n in range(1, 12)):
         if rows % count == 0:
-            found.append(ConfigChange((f"train.grad_accum_steps={count}",), f"{count} microbatches instead of {now}"))
-    return found
+            description = f"{count} microbatches instead of {current}"
+            changes.append(ConfigChange((f"train.grad_accum_steps={count}",), description))
+    return changes
 
 
 def _sequence_parallel(config: Config, sizes: dict[str, int], rules: dict[str, tuple[str, ...]]) -> list[ConfigChange]:
@@ -150,14 +151,14 @@ def _sequence_parallel(config: Config, sizes: dict[str, int], rules: dict[str, t
 
 
 def _mesh(config: Config, sizes: dict[str, int]) -> list[ConfigChange]:
-    found, data, fsdp, tensor = [], sizes["data"], sizes["fsdp"], sizes["tensor"]
+    changes, data, fsdp, tensor = [], sizes["data"], sizes["fsdp"], sizes["tensor"]
     if data > 1 and config.model.d_model % (fsdp * data) == 0:
-        found.append(ConfigChange(("mesh.data=1", f"mesh.fsdp={fsdp * data}"), f"mesh fsdp={fsdp * data}"))
+        changes.append(ConfigChange(("mesh.data=1", f"mesh.fsdp={fsdp * data}"), f"mesh fsdp={fsdp * data}"))
         data, fsdp = 1, fsdp * data
     if fsdp > 1 and fsdp % 2 == 0 and config.model.n_vocab % (2 * tensor) == 0:
         overrides = (f"mesh.data={data}", f"mesh.fsdp={fsdp // 2}", f"mesh.tensor={2 * tensor}")
-        found.append(ConfigChange(overrides, f"mesh fsdp={fsdp // 2} tensor={2 * tensor}"))
-    return found
+        changes.append(ConfigChange(overrides, f"mesh fsdp={fsdp // 2} tensor={2 * tensor}"))
+    return changes
 
 
 def _moments(config: Config) -> list[ConfigChange]:
@@ -180,8 +181,8 @@ def _optimizer(config: Config) -> list[ConfigChange]:
     if config.optimizer.name != "adamw":
         return []
     overrides = ('optimizer.name="adafactor"', 'optimizer.moment_dtype="bfloat16"')
-    slim = (*overrides, "optimizer.beta1=0.0")
+    no_momentum = (*overrides, "optimizer.beta1=0.0")
     return [
         ConfigChange(overrides, "adafactor with bfloat16 momentum instead of adamw"),
-        ConfigChange(slim, "adafactor without momentum instead of adamw"),
+        ConfigChange(no_momentum, "adafactor without momentum instead of adamw"),
     ]

@@ -17,9 +17,9 @@ from rich.text import Text
 from mesh_transformer.reports.metrics_table import CONSOLE_METRICS, VALIDATION_METRICS
 
 GAP = 3  # characters between two metrics of the display
-BITS = "_bits_per_byte"  # suffix of the values of validation sets, after the set's name
+BITS_SUFFIX = "_bits_per_byte"  # suffix of a value's name, after the name of the validation set
 
-ProgressFn = Callable[[str, int, int | None], None]  # name of the work, amount done, total (None: unknown)
+ProgressFn = Callable[[str, int, int | None], None]  # name of the work, amount done, total amount (None: unknown)
 
 
 class Progress:
@@ -92,7 +92,7 @@ class Progress:
         return f"step {step}/{self.steps}  {shown}" + (f"  {format_time(left)} left" if left else "")
 
     def _seconds_left(self) -> float | None:
-        """Return the estimated remaining time, from the mean step time since the first update; None before the second."""
+        """Return the estimated remaining time, from the mean step time since the first update; None before the second update."""
         first_step, first_time = self._first_update or (self._step, 0.0)
         if self._step == first_step:
             return None
@@ -119,15 +119,15 @@ class Progress:
 
 
 def format_values(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return (label, text) of the metrics to print, in the table's order; optional metrics only if they are not 0."""
+    """Return (label, text) of the metrics to print, in the order of metrics_table.py; optional metrics only if nonzero."""
     shown = []
     for metric in CONSOLE_METRICS:
         value = values.get(metric.name)
         if value is not None and not (metric.optional and not value):
             shown.append((metric.label, metric.value_format.format(value)))
     for name, value in values.items():
-        if name.endswith(BITS) and value is not None:
-            shown.append((f"{name.removesuffix(BITS)} bits/byte", f"{value:.4f}"))
+        if name.endswith(BITS_SUFFIX) and value is not None:
+            shown.append((f"{name.removesuffix(BITS_SUFFIX)} bits/byte", f"{value:.4f}"))
     return shown
 
 
@@ -155,7 +155,7 @@ def _draw_cells(cells: list[tuple[str, str]]) -> Table:
 
 
 def format_time(seconds: float) -> str:
-    """Return a duration as text: 0:07, 12:30, 3:05:00, 2 d 04:00:00."""
+    """Return a duration as text, for example 0:07, 12:30, 3:05:00 or 2 d 04:00:00."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
@@ -176,7 +176,7 @@ def print_rows(console: Console, title: str, rows: Mapping[str, str]) -> None:
 
 
 def print_scores(console: Console, scores: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print bits per byte of the model and of general compressors on every validation set; print nothing without sets."""
+    """Print the bits per byte of the model and of general compressors on every validation set, if there are any sets."""
     if not scores:
         return
     table = Table(

@@ -7,7 +7,7 @@
  "config": {"model": "mesh-transformer", "step": ..., ...}, "date": <unix seconds>,
  "published": [{"model": ..., "source": ..., "scores": {"TASK.METRIC": value}}]}
 
-FILTER is the harness's answer filter, "none" if the answer is used unchanged. "published" has results of other models on
+FILTER is the harness's answer filter, "none" if the answer is used unchanged. "published" has results of other models for
 the same tasks and metrics.
 """
 
@@ -44,7 +44,7 @@ class Table(NamedTuple):
 
 
 def evaluation_file(run_dir: Path, step: int) -> Path:
-    """Return the path of the results of a step."""
+    """Return the path of the file with the results of a step."""
     return run_dir / f"evaluation_{step}.json"
 
 
@@ -61,7 +61,7 @@ def write_evaluation(run_dir: Path, step: int, evaluation: Evaluation) -> Path:
 
 
 def read_evaluations(run_dir: Path) -> dict[int, Evaluation]:
-    """Return all results of a run folder by step; raise ValueError, with the file's path, for another format."""
+    """Return all results of a run folder by step; raise ValueError, with the path, for a file in another format."""
     steps = {}
     for path in run_dir.glob("evaluation_*.json"):
         if (step := path.stem.removeprefix("evaluation_")).isdigit():
@@ -70,17 +70,17 @@ def read_evaluations(run_dir: Path) -> dict[int, Evaluation]:
 
 
 def metrics_of(evaluation: Evaluation) -> dict[str, float]:
-    """Return "TASK.METRIC" -> value without standard errors and counts; with several filters, "TASK.METRIC_FILTER"."""
-    found = {}
+    """Return "TASK.METRIC", or "TASK.METRIC_FILTER" for a filter other than "none" -> value; without errors and counts."""
+    scores = {}
     for task, values in evaluation["results"].items():
         for metric, answer_filter, value in _metric_values(values):
             if metric not in COUNTS:
-                found[f"{task}.{metric}{answer_filter and f'_{answer_filter}'}"] = float(value)
-    return found
+                scores[f"{task}.{metric}{answer_filter and f'_{answer_filter}'}"] = float(value)
+    return scores
 
 
 def _metric_values(values: Mapping[str, Any]) -> Iterable[tuple[str, str, float]]:
-    """Yield (metric, filter, value), filter "" for none, without standard errors and text."""
+    """Yield (metric, filter, value) without standard errors and text; the filter "none" becomes ""."""
     for key, value in values.items():
         metric, comma, answer_filter = key.partition(",")
         if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
@@ -98,8 +98,8 @@ def make_tables(evaluation: Evaluation) -> list[Table]:
         rows = [[task, *(_cell(values, key) for key in columns)] for task, values in texts.items()]
         tables.append(Table("text", ["", *(TEXT_COLUMNS[key][0] for key in columns)], rows))
     if rows := [row for task, values in tasks.items() for row in _task_rows(evaluation, task, values)]:
-        shown = len(TASK_HEADINGS) if any(row[-1] for row in rows) else len(TASK_HEADINGS) - 1
-        tables.append(Table("tasks", list(TASK_HEADINGS[:shown]), [row[:shown] for row in rows]))
+        n_columns = len(TASK_HEADINGS) if any(row[-1] for row in rows) else len(TASK_HEADINGS) - 1
+        tables.append(Table("tasks", list(TASK_HEADINGS[:n_columns]), [row[:n_columns] for row in rows]))
     if evaluation.get("published"):
         tables.append(_comparison(evaluation))
     return tables
@@ -120,7 +120,7 @@ def _task_rows(evaluation: Evaluation, task: str, values: Mapping[str, Any]) -> 
 
 
 def draw_evaluations(evaluations: Mapping[int, Evaluation]) -> str:
-    """Return the section of the report page; empty without results."""
+    """Return the section of the report page, or "" without results."""
     if not evaluations:
         return ""
     step, latest = list(evaluations.items())[-1]
@@ -149,9 +149,9 @@ def _plots(evaluations: Mapping[int, Evaluation]) -> Iterable[str]:
 
 
 def _comparison(evaluation: Evaluation) -> Table:
-    own = metrics_of(evaluation)
-    names = [name for name in own if any(name in row["scores"] for row in evaluation["published"])]
-    rows = [["this model", *(_number(own[name]) for name in names), ""]]
+    scores = metrics_of(evaluation)
+    names = [name for name in scores if any(name in row["scores"] for row in evaluation["published"])]
+    rows = [["this model", *(_number(scores[name]) for name in names), ""]]
     for row in evaluation["published"]:
         rows.append([row["model"], *(_number(row["scores"].get(name)) for name in names), row["source"]])
     return Table("compared with published results", ["", *names, "source"], rows)
@@ -177,11 +177,11 @@ def _join_scores(key: tuple[str, str], *evaluations: Evaluation) -> dict[str, fl
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        evaluation = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: invalid JSON ({error}); move the file out of the run folder") from None
-    if isinstance(found, dict) and isinstance(found.get("results"), dict):
-        return found
+    if isinstance(evaluation, dict) and isinstance(evaluation.get("results"), dict):
+        return evaluation
     raise ValueError(
         f'{path}: no table "results" as lm-evaluation-harness writes it; move the file out of the run folder'
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from mesh_transformer.reports.svg import drawable, heat_map
 
-LAYER_NAMES = {  # by the number of layers that metrics_table.representative_layers returns
+LAYER_NAMES = {  # number of layers that metrics_table.representative_layers returns -> suffixes of the plots' titles
     1: ("",),
     2: (", first layer", ", last layer"),
     3: (", first layer", ", second layer", ", last layer"),
@@ -16,15 +16,17 @@ LAYER_NAMES = {  # by the number of layers that metrics_table.representative_lay
 
 
 def read_loads(train: Sequence[Mapping[str, Any]]) -> list[list[list[float | None]]]:
-    """Return the load [layer][expert][step] as a multiple of an even load; empty for a model without experts."""
+    """Return the load [layer][expert][step] as a multiple of an even load; an empty list for a model without experts."""
     logged = [[_items(layer) for layer in _items(line.get("expert_load"))] for line in train]
     n_layers = max(map(len, logged), default=0)
-    sizes = [max(len(layers[i]) for layers in logged if i < len(layers)) for i in range(n_layers)]
+    n_experts = [max(len(layers[i]) for layers in logged if i < len(layers)) for i in range(n_layers)]
 
     def load(layers: list[list], layer: int, expert: int) -> float | None:
         return drawable(layers[layer][expert]) if layer < len(layers) and expert < len(layers[layer]) else None
 
-    return [[[load(layers, i, e) for layers in logged] for e in range(size)] for i, size in enumerate(sizes) if size]
+    return [
+        [[load(layers, i, e) for layers in logged] for e in range(count)] for i, count in enumerate(n_experts) if count
+    ]
 
 
 def draw_loads(train: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -29,9 +29,9 @@ from mesh_transformer.reports.page import make_details, make_html_page, make_htm
 from mesh_transformer.reports.svg import STYLES, Point, Points, Series, downsample, drawable, format_number, plot
 from mesh_transformer.storage.atomic_files import replace_file
 
-MAX_EVENTS = 200  # in the list of events
-MAX_ROWS = 20  # of the table of numbers
-RAW_POINTS = 500  # maximum points of a series; a plot is about 570 units wide
+MAX_EVENTS = 200  # maximum events in the list of events
+MAX_ROWS = 20  # maximum rows of the table of numbers
+RAW_POINTS = 500  # maximum points of a series; a plot is about 570 SVG units wide
 SMOOTH_POINTS = 200  # maximum points of a smoothed series
 MIN_POINTS = 50  # a series with fewer points is not smoothed
 VALIDATION_STYLES = STYLES[1:]  # the first style is for the training loss
@@ -64,14 +64,14 @@ def make_page(
     """Return the page of a run."""
     log = _split_lines(lines)
     samples = [line for line in log.events if line.get("event") == "samples"]
-    other_events = [line for line in log.events if line.get("event") != "samples"]
+    listed_events = [line for line in log.events if line.get("event") != "samples"]
     body = [
         _headline(log),
         _validation_scores(log.validation),
         *(make_plots(plots, group) for group, plots in _plots(log).items()),
         draw_evaluations(evaluations or {}),
         _samples(str(samples[-1].get("text", "")) if samples else ""),
-        _event_list(other_events),
+        _event_list(listed_events),
         _number_table(log.train),
         _metric_reference(),
         make_details("configuration", f"<pre>{escape(config)}</pre>"),
@@ -86,7 +86,7 @@ def _split_lines(lines: Iterable[Line]) -> Log:
 
 
 class Tile(NamedTuple):
-    """A number at the top of the page; `note` is small text below it."""
+    """A number at the top of the page; `note` is small text below the number."""
 
     label: str
     value: str
@@ -166,7 +166,7 @@ def _validation_scores(validation: list[Line]) -> str:
 
 
 def _plots(log: Log) -> dict[str, list[str]]:
-    """Return the figures of each group by the group's heading."""
+    """Return the figures of the plots by the heading of their group."""
     skipped = sorted({line["step"] for line in log.events if line.get("event") == "skipped"})
     groups = {"Loss": _loss_plots(log, skipped), OPTIMIZATION: [], SPEED: [], EXPERTS: []}
     for metric in TRAIN_METRICS:
@@ -180,25 +180,25 @@ def _plots(log: Log) -> dict[str, list[str]]:
 
 
 def _loss_plots(log: Log, skipped: list[int]) -> list[str]:
-    # A skipped step does not change the model: it is marked, but its loss does not set the scale of the axis.
+    # A skipped step does not change the model. The plot marks the step, but its loss does not affect the range of the axis.
     not_skipped = [line for line in log.train if line["step"] not in set(skipped)]
     losses = _series("training", _points(not_skipped, "loss"))
     bits = []
     for number, name in enumerate(_last_scores(log.validation)):
         style = VALIDATION_STYLES[number % len(VALIDATION_STYLES)]
-        own = [line for line in log.validation if str(line.get("set", "")) == name]
-        losses.append(Series(name, downsample(_points(own, "loss"), RAW_POINTS), style, markers=True))
-        bits.append(Series(name, downsample(_points(own, "bits_per_byte"), RAW_POINTS), style, markers=True))
+        set_lines = [line for line in log.validation if str(line.get("set", "")) == name]
+        losses.append(Series(name, downsample(_points(set_lines, "loss"), RAW_POINTS), style, markers=True))
+        bits.append(Series(name, downsample(_points(set_lines, "bits_per_byte"), RAW_POINTS), style, markers=True))
     subtitle = "nats per token, by step" + ("; dashed: skipped" if skipped else "")
     return [plot("Loss", subtitle, losses, marks=skipped), plot("Held-out bits per byte", "by step", bits)]
 
 
-def _plot_metric(described: Plot, points: Points, marks: Sequence[float]) -> str:
-    if described.smoothed:
-        series = _series(described.line, points, log=described.log)
+def _plot_metric(metric_plot: Plot, points: Points, marks: Sequence[float]) -> str:
+    if metric_plot.smoothed:
+        series = _series(metric_plot.line, points, log=metric_plot.log)
     else:
-        series = [Series(described.line, downsample(points, RAW_POINTS), "main")]
-    return plot(described.title, described.subtitle, series, log=described.log, marks=marks)
+        series = [Series(metric_plot.line, downsample(points, RAW_POINTS), "main")]
+    return plot(metric_plot.title, metric_plot.subtitle, series, log=metric_plot.log, marks=marks)
 
 
 def _layer_norm_plots(train: list[Line]) -> list[str]:
@@ -213,7 +213,7 @@ def _layer_norm_plots(train: list[Line]) -> list[str]:
 
 
 def _series(name: str, points: Points, *, log: bool = False) -> list[Series]:
-    """Return the measured series and, if it has many points, a smoothed copy to draw on top."""
+    """Return the measured series and, for at least MIN_POINTS points, a smoothed series to draw on top."""
     if len(points) < MIN_POINTS:
         return [Series(name, downsample(points, RAW_POINTS), "main")]
     smoothed = downsample(smooth(points, log=log), SMOOTH_POINTS)
@@ -237,16 +237,16 @@ def _event_list(events: list[Line]) -> str:
 
 
 def _number_table(train: list[Line]) -> str:
-    """Return the plotted values as a table of about MAX_ROWS steps that includes the last step."""
+    """Return the plotted values as a table of at most MAX_ROWS steps that includes the last step."""
     names = [
         metric.name
         for metric in TRAIN_METRICS
         if metric.name == "loss" or (metric.plot and any(metric.name in line for line in train))
     ]
-    every = max(math.ceil(len(train) / MAX_ROWS), 1)
+    stride = max(math.ceil(len(train) / MAX_ROWS), 1)
     rows = [
         [f"{line['step']:,}", *(_text(_number(line, name), "{:.4g}") for name in names)]
-        for line in train[::-1][::every][::-1]
+        for line in train[::-1][::stride][::-1]
     ]
     return make_details("numbers", make_html_table([name.replace("_", " ") for name in ["step", *names]], rows))
 
@@ -259,7 +259,7 @@ def _metric_reference() -> str:
 
 
 def _number(line: Line, name: str, item: int | None = None) -> float | None:
-    """Return a value, or item `item` of a list, if it can be drawn, else None."""
+    """Return a value of a line, or item `item` of a list, as a number that can be drawn; None for other values."""
     value = line.get(name)
     if item is not None:
         value = value[item] if isinstance(value, list) and item < len(value) else None
@@ -271,8 +271,8 @@ def _points(lines: Iterable[Line], name: str, item: int | None = None) -> list[P
 
 
 def smooth(points: Points, *, log: bool = False) -> list[Point]:
-    """Return a moving mean (geometric if `log`) over a fiftieth of the points, fewer near the start, which is steep."""
-    reach = max(len(points) // 100, 2)
+    """Return a moving mean (geometric if `log`) over a fiftieth of the points; fewer at the start, where curves are steep."""
+    max_radius = max(len(points) // 100, 2)
     totals = [0.0]
     counts = [0]
     for _, y in points:
@@ -281,7 +281,7 @@ def smooth(points: Points, *, log: bool = False) -> list[Point]:
         counts.append(counts[-1] + usable)
     smoothed: list[Point] = []
     for i, (x, _) in enumerate(points):
-        radius = min(i // 4, reach)
+        radius = min(i // 4, max_radius)
         first = i - radius
         end = min(i + radius + 1, len(points))
         count = counts[end] - counts[first]
@@ -294,5 +294,5 @@ def _format(line: Line, metric: Metric) -> str:
     return _text(_number(line, metric.name), metric.value_format)
 
 
-def _text(value: float | None, form: str) -> str:
-    return format_number(None) if value is None else form.format(value)
+def _text(value: float | None, value_format: str) -> str:
+    return format_number(None) if value is None else value_format.format(value)

@@ -10,9 +10,9 @@ The file has one JSON object per line, in order of steps. A resumed run continue
     {"step": 100, "kind": "event", "event": "started" | "resumed" | "checkpoint" | "save failed" | "skipped" | "stopped" |
      "samples" | "done", "text": ...}
 
-`step` counts finished steps. The event of a checkpoint is written once the checkpoint is on disk, a few lines late. A
-number that is not finite is null, and `"not_finite": {"loss": "nan"}` holds its value. An event may carry values as well,
-such as `parameters`, the number of parameters. Files of version 1.0 are read with their values renamed.
+`step` counts finished steps. The event of a checkpoint is written once the checkpoint is on disk, so it may follow lines
+of later steps. A number that is not finite is null, and `"not_finite": {"loss": "nan"}` holds its value. An event may have
+values, such as `parameters`, the number of parameters. Values in files of version 1.0 are renamed when they are read.
 """
 
 import json
@@ -32,18 +32,20 @@ from mesh_transformer.reports.trackers import Tracker, find_trackers
 from mesh_transformer.storage.atomic_files import LineFile, replace_file
 
 FILE = "metrics.jsonl"
-SYNC_SECONDS = 30.0  # a power failure loses at most the lines of this time; a crash of the program loses none
+SYNC_SECONDS = (
+    30.0  # a power failure loses at most the lines of this many seconds; a crash of the program loses no line
+)
 
 
 class MetricsError(ValueError):
-    """Error for a metrics.jsonl of another program, or with damage before its last line."""
+    """A metrics.jsonl of another program, or a metrics.jsonl with damage before its last line."""
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl and feeds the trackers. Use it in a `with` block, which closes both.
+    """Appends lines to metrics.jsonl and sends them to the trackers. Use it in a `with` block, which closes the file and trackers.
 
     Lines after `first_step`, where training resumes, are removed from the file first. Raises ConfigError if `track` needs a
-    package that is not installed, and MetricsError for a damaged file. Only process 0 writes; others ignore all calls.
+    package that is not installed, and MetricsError for a damaged file. Only process 0 writes; other processes ignore all calls.
     """
 
     def __init__(self, run_dir: Path, track: TrackConfig, *, config: Mapping[str, Any], first_step: int):
@@ -59,7 +61,7 @@ class MetricsLog:
         self._trackers = [Tracker(name, start) for name, start in trackers.items()]
 
     def train(self, step: int, values: Mapping[str, Any]) -> None:
-        """Log the metrics of a training step; `step` counts it."""
+        """Log the metrics of a training step; `step` includes this step."""
         self._write({"step": step, "kind": "train", **values})
 
     def evaluation(self, step: int, name: str, values: Mapping[str, Any]) -> None:
@@ -86,11 +88,11 @@ class MetricsLog:
             tracker.close()
         try:
             self._file.close()
-        except OSError as lost:
+        except OSError as close_error:
             if kind is None:
                 raise
             print(
-                f"{self.path}: the last lines may be missing: {lost}", file=sys.stderr, flush=True
+                f"{self.path}: the last lines may be missing: {close_error}", file=sys.stderr, flush=True
             )  # `error` is raised
 
     def _write(self, values: dict[str, Any]) -> None:
@@ -106,7 +108,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return all lines of a metrics.jsonl under current names; an incomplete last line is ignored.
+    """Return all lines of a metrics.jsonl with current names of values; an incomplete last line is ignored.
 
     The result is empty if the file does not exist. Raises MetricsError, with file and line, for a line that does not have
     the format of this module's docstring.
@@ -124,7 +126,7 @@ def _translate(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Return every complete line as its bytes and its parsed object."""
+    """Return (bytes, parsed object) of every complete line."""
     *complete, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
     lines = []
     for number, raw in enumerate(complete, start=1):
@@ -143,12 +145,12 @@ def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
 
 
 def _truncate_after(path: Path, step: int) -> None:
-    """Remove an incomplete last line, and the lines of an earlier attempt after `step`, from which training resumes."""
+    """Remove an incomplete last line, and the lines after `step`, where training resumes."""
     if not path.exists():
         return
     retained = b"".join(raw for raw, line in _read_lines(path) if line["step"] <= step)
     if path.read_bytes().startswith(retained):
-        os.truncate(path, len(retained))  # works on a full disk as well
+        os.truncate(path, len(retained))  # works also on a full disk
     else:
         replace_file(path, retained)
 

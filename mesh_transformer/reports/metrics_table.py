@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Table of logged values: the console, the HTML report and the reader of metrics.jsonl are derived from it.
+"""Table of logged values, which the console, the HTML report and the reader of metrics.jsonl use.
 
 To log a new value, return it from the training step (train/step.py) or compute it in train/recorder.py, and add a row
 here. MFU (model FLOPs utilization) is the model's FLOP/s divided by the measured peak matmul FLOP/s.
@@ -17,7 +17,7 @@ EXPERTS = "Experts"
 
 
 class Plot(NamedTuple):
-    """The plot of a value in the HTML report."""
+    """Description of the plot of a value in the HTML report."""
 
     title: str
     group: str  # heading under which the report shows the plot
@@ -33,12 +33,12 @@ class Metric(NamedTuple):
     name: str  # key in metrics.jsonl
     unit: str
     meaning: str
-    label: str = ""  # display name; required by `value_format`
-    value_format: str = ""  # display format; a metric with a format is printed on the console
+    label: str = ""  # display name; required if there is a `value_format`
+    value_format: str = ""  # display format; the console prints the metrics that have a format
     plot: Plot | None = None
-    optional: bool = False  # not logged by every run; without values it has no plot, and a zero has no tile
+    optional: bool = False  # not logged by every run; a metric without values has no plot, and a zero has no tile
     headline: bool = False  # the report shows its last value in a tile at the top
-    old_name: str = ""  # its name in files of version 1.0
+    old_name: str = ""  # name of the value in files of version 1.0
 
 
 def _experts(title: str, subtitle: str, line: str) -> Plot:
@@ -69,7 +69,7 @@ TRAIN_METRICS = (
     ),
     Metric("skipped", "steps", "steps skipped since the start of the run", "skipped", "{:,}", optional=True, headline=True),
     Metric(
-        "consecutive_skips", "steps", "consecutive skipped steps up to this one; checked by the run, not written",
+        "consecutive_skips", "steps", "consecutive skipped steps up to this step; checked by the run, not written",
         old_name="skipped_in_a_row",
     ),
     Metric("step_ms", "milliseconds", "mean time of a step since the last line"),
@@ -128,7 +128,7 @@ def representative_layers(n_layers: int) -> list[int]:
 
 
 def translate_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values under their current names, given names of any version."""
+    """Return `values`, whose names may be of any version, with their current names."""
     return {NEW_NAMES.get(name, name): value for name, value in values.items()}
 
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""HTML template of all report pages; a page is one self-contained file, whose only script is report.js."""
+"""HTML template of all report pages. A page is one self-contained file, whose only script is report.js."""
 
 import base64
 import hashlib
@@ -14,7 +14,7 @@ THEME_BUTTON = "<button type=button id=theme>light / dark</button>"
 
 
 def make_html_page(title: str, body: str, *, styles: str = "") -> str:
-    """Return a page: a header with the title and a theme switch, and below it `body`, which is HTML.
+    """Return a page: a header with the title and a theme switch, and below the header `body`, which is HTML.
 
     `styles` is CSS to add to page.css. The title is escaped; the caller escapes the text in `body`.
     """

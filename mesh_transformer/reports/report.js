@@ -30,12 +30,12 @@ for (const svg of document.querySelectorAll('svg[data-plot]')) {
     const box = svg.getBoundingClientRect();
     const x = Math.min(Math.max((event.clientX - box.left) / box.width * width, left), right);
     const value = low + (x - left) / (right - left) * (high - low);
-    const found = data.series.map(series => [series.name, nearest(series.points, value)]);
-    const step = found[0][1][0];
-    const at = left + (step - low) / (high - low || 1) * (right - left);
-    pointer.setAttribute('x1', at);
-    pointer.setAttribute('x2', at);
-    const texts = found.map(([name, point]) => name + ' ' + Number(point[1].toPrecision(4)));
+    const values = data.series.map(series => [series.name, nearest(series.points, value)]);
+    const step = values[0][1][0];
+    const pointerX = left + (step - low) / (high - low || 1) * (right - left);
+    pointer.setAttribute('x1', pointerX);
+    pointer.setAttribute('x2', pointerX);
+    const texts = values.map(([name, point]) => name + ' ' + Number(point[1].toPrecision(4)));
     output.textContent = 'step ' + step + ': ' + texts.join(', ');
   };
 

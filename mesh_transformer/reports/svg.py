@@ -12,18 +12,18 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-HEAT_COLUMNS = 80  # maximum columns and rows of a heat map; larger data is averaged
-HEAT_ROWS = 32
-MAX_HEAT_LEVEL = 8  # in quarters of a doubling: four times an even load, or a quarter of it
-HEAT_LEGEND = (
+HEAT_COLUMNS = 80  # maximum columns of a heat map; more steps are averaged
+HEAT_ROWS = 32  # maximum rows of a heat map; more rows are averaged
+MAX_HEAT_LEVEL = 8  # quarters of a doubling: four times an even load; its negative is a quarter of an even load
+HEAT_LEGEND = (  # level, label
     (-MAX_HEAT_LEVEL, "none, or a quarter"),
     (-MAX_HEAT_LEVEL // 2, "half"),
     (0, "even"),
     (MAX_HEAT_LEVEL // 2, "twice"),
     (MAX_HEAT_LEVEL, "four times and more"),
 )
-STYLES = ("main", "accent", "second", "third", "fourth")  # CSS classes, one color each
-DASHES = ("", " dashed", " dotted")  # for more lines than there are colors
+STYLES = ("main", "accent", "second", "third", "fourth")  # CSS classes, each with one color
+DASHES = ("", " dashed", " dotted")  # CSS classes that distinguish more lines than there are colors
 MAX_POINTS = 1200  # maximum points of a series; longer series are downsampled
 
 Point = tuple[float, float | None]
@@ -35,7 +35,7 @@ class Series(NamedTuple):
 
     name: str
     points: Points
-    style: str  # CSS class: faint or one of STYLES, optionally followed by one of DASHES
+    style: str  # CSS class: "faint" or an item of STYLES, optionally followed by an item of DASHES
     markers: bool = False
 
 
@@ -83,7 +83,7 @@ class Frame(NamedTuple):
         return self.y_end - axis.fraction(value) * (self.y_end - self.top)
 
 
-FRAME = Frame(width=640, height=260, left=58, right=14, top=12, bottom=34)  # report.js uses the same numbers
+FRAME = Frame(width=640, height=260, left=58, right=14, top=12, bottom=34)  # report.js has the same numbers
 
 
 def element(tag: str, content: str = "", *, style: str = "", **attributes: Any) -> str:
@@ -126,28 +126,28 @@ def plot(
     log_x: bool = False,
     marks: Sequence[float] = (),
 ) -> str:
-    """Return a figure with one line plot; "nothing recorded" if there are no points.
+    """Return a figure with one line plot, or with the text "nothing recorded" if there are no points.
 
     `marks` are x values to highlight by a vertical line. With `log_x`, points need a positive x, and values under the
     pointer are not shown.
     """
-    series = [one._replace(points=downsample(_drop_unusable(one.points, positive=log), MAX_POINTS)) for one in series]
+    series = [s._replace(points=downsample(_drop_unusable(s.points, positive=log), MAX_POINTS)) for s in series]
     if log_x:
-        series = [one._replace(points=[(x, y) for x, y in one.points if x > 0]) for one in series]
-    drawn = [one for one in series if one.points]
+        series = [s._replace(points=[(x, y) for x, y in s.points if x > 0]) for s in series]
+    drawn = [s for s in series if s.points]
     if not drawn:
         return _figure(title, subtitle, '<p class="nothing">nothing recorded</p>')
-    xs = [x for one in drawn for x, _ in one.points]
-    ys = [y for one in drawn for _, y in one.points if y is not None]
+    xs = [x for s in drawn for x, _ in s.points]
+    ys = [y for s in drawn for _, y in s.points if y is not None]
     x_axis = _fitted_axis(xs, log=log_x)
     y_axis = make_axis(min(ys), max(ys), log=log)
     body = [draw_grid(FRAME, x_axis, y_axis), *(_draw_mark(x, x_axis) for x in marks if x_axis.low <= x <= x_axis.high)]
-    body += [_draw_series(one, x_axis, y_axis) for one in drawn]
+    body += [_draw_series(s, x_axis, y_axis) for s in drawn]
     body.append(element("line", style="pointer", y1=FRAME.top, y2=FRAME.y_end, x1="-9", x2="-9"))
     first, last = drawn[0].points[0][1], drawn[0].points[-1][1]
     label = f"{title}, {subtitle}: from {format_number(first)} to {format_number(last)}"
     data = "" if log_x else f"data-plot='{escape(json.dumps(_pointer_data(drawn, x_axis)), quote=True)}'"
-    keys = dict.fromkeys((one.style, one.name) for one in drawn)
+    keys = dict.fromkeys((s.style, s.name) for s in drawn)
     legend = "".join(f'<span class="key {style}">{escape(name)}</span>' for style, name in keys)
     return _figure(
         title,
@@ -167,14 +167,13 @@ def _pointer_data(drawn: Sequence[Series], x_axis: Axis) -> dict[str, Any]:
     return {
         "x": [x_axis.low, x_axis.high],
         "series": [
-            {"name": one.name, "points": [[x, round(float(y), 6)] for x, y in one.points if y is not None]}
-            for one in drawn
+            {"name": s.name, "points": [[x, round(float(y), 6)] for x, y in s.points if y is not None]} for s in drawn
         ],
     }
 
 
 def drawable(value: Any) -> float | None:
-    """Return a value as a number that can be drawn; None for any other value, such as infinity. Below 1e-60 it is 0."""
+    """Return a value that can be drawn, or None for any other value, such as infinity. Absolute values up to 1e-60 become 0."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e60:
         return None
     return value if abs(value) > 1e-60 else 0
@@ -183,10 +182,10 @@ def drawable(value: Any) -> float | None:
 def heat_map(
     title: str, subtitle: str, steps: Sequence[float], rows: Sequence[Sequence[float | None]], *, row_name: str
 ) -> str:
-    """Return a figure of multiples of an even load: one line per item of `rows`, with a value at each of `steps`.
+    """Return a figure of multiples of an even load: each item of `rows` is a row, with a value at each of `steps`.
 
-    Colors show the ratio in quarters of a doubling, at most MAX_HEAT_LEVEL of them; zero has the lowest level. Many steps and
-    many rows are averaged.
+    Colors show the multiple as a level, in quarters of a doubling and at most MAX_HEAT_LEVEL; zero has the lowest level. Many
+    steps and many rows are averaged.
     """
     cells = [_average_cells(rows, first, len(steps)) for first in _bin_starts(len(rows), HEAT_ROWS)]
     if not any(value is not None for line in cells for value in line):
@@ -217,7 +216,7 @@ def heat_map(
 
 
 def _draw_levels(cells: Sequence[Sequence[float | None]], width: float, height: float) -> list[str]:
-    """Return one path per level with all of its cells; even and missing values stay blank."""
+    """Return one path per level with all cells of the level; cells with an even or missing value stay blank."""
     levels: dict[int, list[str]] = {}
     for i, line in enumerate(cells):
         for j, value in enumerate(line):
@@ -238,25 +237,25 @@ def _bin_starts(count: int, max_bins: int) -> range:
     return range(0, count, max(math.ceil(count / max_bins), 1))
 
 
-def _average_cells(rows: Sequence[Sequence[float | None]], first: int, length: int) -> list[float | None]:
-    """Return the mean of the bin of rows that begins at `first`, for each bin of steps."""
-    own = rows[first : first + max(math.ceil(len(rows) / HEAT_ROWS), 1)]
+def _average_cells(rows: Sequence[Sequence[float | None]], first: int, n_steps: int) -> list[float | None]:
+    """Return the mean over the bin of rows that begins at row `first`, for each bin of steps."""
+    bin_rows = rows[first : first + max(math.ceil(len(rows) / HEAT_ROWS), 1)]
     averaged: list[float | None] = []
-    for start in _bin_starts(length, HEAT_COLUMNS):
-        part = [v for row in own for v in row[start : start + math.ceil(length / HEAT_COLUMNS)] if v is not None]
+    for start in _bin_starts(n_steps, HEAT_COLUMNS):
+        part = [v for row in bin_rows for v in row[start : start + math.ceil(n_steps / HEAT_COLUMNS)] if v is not None]
         averaged.append(math.fsum(part) / len(part) if part else None)
     return averaged
 
 
 def _heat_level(value: float) -> int:
-    """Return the distance from 1 in quarters of a doubling, at most MAX_HEAT_LEVEL."""
+    """Return log2(value) in quarters, limited to -MAX_HEAT_LEVEL to MAX_HEAT_LEVEL."""
     if value <= 0:
         return -MAX_HEAT_LEVEL
     return max(min(round(4 * math.log2(value)), MAX_HEAT_LEVEL), -MAX_HEAT_LEVEL)
 
 
 def make_axis(low: float, high: float, *, log: bool = False) -> Axis:
-    """Return a range that includes low and high, with about five round ticks (1, 2 and 5 times powers of ten if `log`)."""
+    """Return an axis that includes `low` and `high`, with about five round ticks (1, 2 and 5 times powers of ten if `log`)."""
     if log:
         return _make_log_axis(low, high)
     if high - low <= abs(high) * 1e-9:
@@ -277,9 +276,9 @@ def _make_log_axis(low: float, high: float) -> Axis:
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1, 2, 5) if len(decades) <= 3 else (1,)
     ticks = [m * 10.0**d for d in decades for m in factors]
-    every = math.ceil(len(ticks) / 7)
+    stride = math.ceil(len(ticks) / 7)
     inside = [tick for tick in ticks if low / 1.05 <= tick <= high * 1.05]
-    return Axis(low / 1.1, high * 1.1, inside[::every] or [low, high], True)
+    return Axis(low / 1.1, high * 1.1, inside[::stride] or [low, high], True)
 
 
 def _fitted_axis(values: Sequence[float], *, log: bool = False) -> Axis:
@@ -291,14 +290,14 @@ def _fitted_axis(values: Sequence[float], *, log: bool = False) -> Axis:
 
 
 def format_number(value: float | None) -> str:
-    """Return a short form of a number: 1.2k, 3.4M, 5T, 6e+15, 0.05, 6e-05; "-" for None."""
+    """Return a short text of a number: 1.2k, 3.4M, 5T, 6e+15, 0.05, 6e-05; "-" for None."""
     if value is None:
         return "-"
-    size = abs(value)
-    if size >= 1e15:
+    magnitude = abs(value)
+    if magnitude >= 1e15:
         return f"{value:.3g}"
     for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if size >= limit:
+        if magnitude >= limit:
             return f"{value / limit:.4g}{suffix}"
     return "0" if value == 0 else f"{value:.3g}"
 
@@ -356,7 +355,7 @@ def _draw_series(series: Series, x_axis: Axis, y_axis: Axis) -> str:
 
 
 def _drop_unusable(points: Points, *, positive: bool) -> list[Point]:
-    """Return points with None for values that cannot be drawn; these are dropped at both ends."""
+    """Return points with None for values that cannot be drawn, without such points at both ends."""
 
     def is_usable(y: float | None) -> bool:
         return y is not None and math.isfinite(y) and (y > 0 or not positive)

@@ -27,17 +27,17 @@ class Sink(NamedTuple):
 
 
 class Tracker:
-    """Background thread that starts a tracker and sends it lines, so that a slow or failing tracker cannot affect training."""
+    """Background thread that starts a tracker and sends it lines: a slow or failing tracker does not affect training."""
 
     def __init__(self, name: str, start: Callable[[], Sink]):
         self.name = name
-        self.dropped = 0  # lines
+        self.dropped = 0  # number of lines that were not sent
         self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue(QUEUE_LINES)
         self._thread = threading.Thread(target=self._run, args=(start,), name=name, daemon=True)
         self._thread.start()
 
     def put(self, line: dict[str, Any]) -> None:
-        """Enqueue a line; if the queue is full, drop and count it."""
+        """Enqueue a line; if the queue is full, drop the line and count it."""
         if self._thread.is_alive():
             try:
                 self._lines.put_nowait(line)
@@ -79,13 +79,13 @@ class Tracker:
 def find_trackers(
     run_dir: Path, track: TrackConfig, config: Mapping[str, Any], first_step: int
 ) -> dict[str, Callable[[], Sink]]:
-    """Return the start function of each configured tracker by name; ConfigError if its package is not installed."""
-    found = {}
+    """Return the start function of each configured tracker by name; raise ConfigError if a package is not installed."""
+    trackers = {}
     if track.tensorboard:
-        found["TensorBoard"] = _find_tensorboard(run_dir, first_step)
+        trackers["TensorBoard"] = _find_tensorboard(run_dir, first_step)
     if track.wandb_project:
-        found["Weights & Biases"] = _find_wandb(run_dir, track.wandb_project, config)
-    return found
+        trackers["Weights & Biases"] = _find_wandb(run_dir, track.wandb_project, config)
+    return trackers
 
 
 def _find_tensorboard(run_dir: Path, first_step: int) -> Callable[[], Sink]:
@@ -111,7 +111,7 @@ def _find_tensorboard(run_dir: Path, first_step: int) -> Callable[[], Sink]:
 
 def _find_wandb(run_dir: Path, project: str, config: Mapping[str, Any]) -> Callable[[], Sink]:
     try:
-        wandb = importlib.import_module("wandb")  # dynamic, so that type checking does not need it installed
+        wandb = importlib.import_module("wandb")  # dynamic, so that type checking does not require wandb
     except ImportError as error:
         raise ConfigError(
             f"track.wandb_project = \"{project}\" needs wandb: pip install 'mesh-transformer[track]' ({error})"
@@ -126,14 +126,14 @@ def _find_wandb(run_dir: Path, project: str, config: Mapping[str, Any]) -> Calla
             id=_wandb_id(run_dir),
             resume="allow",
         )
-        # The step is sent as a value: a resumed run may log a step twice, and wandb's step counter would drop the second.
+        # The step is sent as a value: a resumed run may log a step twice, and wandb's step counter would drop the second line.
         return Sink(lambda line: run.log({**_scalars(line), "step": line["step"]}), run.finish)
 
     return start
 
 
 def _wandb_id(run_dir: Path) -> str:
-    """Return the id of the wandb run, created once and stored in the run folder, so that a resumed run continues it."""
+    """Return the id of the wandb run. The id is created once and stored in the run folder, so a resumed run has the same id."""
     path = run_dir / "wandb_id"
     if not path.exists():
         replace_file(path, uuid.uuid4().hex.encode())
@@ -141,7 +141,7 @@ def _wandb_id(run_dir: Path) -> str:
 
 
 def _scalars(line: Mapping[str, Any]) -> dict[str, float]:
-    """Return the scalars of a line as "kind/name", or "evaluation/set/name"."""
+    """Return the scalars of a line by "KIND/NAME", or by "evaluation/SET/NAME"."""
     prefix = "/".join([line["kind"], *([line["set"]] if "set" in line else [])])
     scalars = {
         name: value for name, value in line.items() if isinstance(value, int | float) and name not in ("time", "step")

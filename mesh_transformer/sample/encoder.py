@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Encoder-only models (BERT, RoBERTa, ALBERT) on their devices: batches of texts, and the compiled forward pass.
 
-Batches are padded on the right, and no token attends to padding, so the outputs of a text do not depend on the others.
+Batches are padded on the right, and no token attends to padding, so the outputs of a text do not depend on the other texts.
 Batch sizes and lengths are rounded up as in the engines (engine/buckets.py), so that compiled programs are reused.
 """
 
@@ -26,14 +26,14 @@ from mesh_transformer.sample.engine.weights import stack_layers
 
 
 class EncoderInputs(NamedTuple):
-    """A batch of token sequences, padded to one length. Each array is int32 [batch, seq_len]."""
+    """A batch of token sequences, padded to the same length. Each array is int32 [batch, length]."""
 
     tokens: Int[np.ndarray, "B T"]
     attention_mask: Int[np.ndarray, "B T"]  # 1 for tokens, 0 for padding
     token_types: Int[np.ndarray, "B T"]  # rows of the token type embeddings: 1 for the second text of a pair (BERT)
 
 
-# A text, a pair of texts, or token IDs; or a sequence of them, which is a batch.
+# A text, a pair of texts or token IDs, or a batch: a sequence of any of these.
 Texts: TypeAlias = (
     str | Sequence[str] | Sequence[tuple[str, str]] | Sequence[int] | Sequence[Sequence[int]] | np.ndarray
 )
@@ -42,16 +42,16 @@ Texts: TypeAlias = (
 def make_inputs(texts: Texts | EncoderInputs, tokenizer: Tokenizer, config: ModelConfig) -> EncoderInputs:
     """Return texts, pairs of texts or token IDs as one batch; `EncoderInputs` are only checked.
 
-    Texts get the special tokens that the tokenizer's files add, and special tokens written in them, such as [MASK], become
-    their IDs, as in transformers.
+    Texts get the special tokens that the tokenizer's files add. Special tokens written in a text, such as [MASK], become the
+    IDs of these tokens, as in transformers.
 
     Raises:
       PromptError: a sequence is empty or longer than seq_len, or an ID, mask or token type is out of range.
       TokenizerError: a text has lone surrogates.
     """
     if not isinstance(texts, EncoderInputs):
-        is_one = isinstance(texts, str) or (len(texts) > 0 and isinstance(texts[0], int | np.integer))
-        rows: Sequence[Any] = [texts] if is_one else texts  # type: ignore[assignment]
+        is_single = isinstance(texts, str) or (len(texts) > 0 and isinstance(texts[0], int | np.integer))
+        rows: Sequence[Any] = [texts] if is_single else texts  # type: ignore[assignment]
         encoded = [_encode(row, tokenizer) for row in rows]
         texts = _pad(encoded, config)
     _check(texts, config)
@@ -61,7 +61,7 @@ def make_inputs(texts: Texts | EncoderInputs, tokenizer: Tokenizer, config: Mode
 def mean_pool(
     hidden_states: Float[np.ndarray, "B T D"], attention_mask: Int[np.ndarray, "B T"], *, normalize: bool
 ) -> Float[np.ndarray, "B D"]:
-    """Return the mean of the hidden states of each sequence's tokens, by default divided by its L2 norm."""
+    """Return the mean of the hidden states of each sequence's tokens, divided by its L2 norm if `normalize`."""
     weights = attention_mask[..., None].astype(np.float32)
     mean = np.sum(hidden_states * weights, axis=1) / np.sum(weights, axis=1)
     return mean / np.linalg.norm(mean, axis=-1, keepdims=True) if normalize else mean
@@ -78,7 +78,7 @@ class EncoderPrograms(CompiledModel):
         *,
         weight_dtype: str = "saved",
     ):
-        """See CompiledModel. Raises ConfigError also if the model is no encoder."""
+        """See CompiledModel. Raises ConfigError also if the model is not encoder-only."""
         if config.causal:
             raise ConfigError(
                 "model.causal=true: the model is no encoder; use DecoderOnlyEngine or EncoderDecoderEngine"
@@ -89,11 +89,11 @@ class EncoderPrograms(CompiledModel):
         self._logits_program = self._program("logits", self._logits)
 
     def hidden_states(self, inputs: EncoderInputs) -> Float[np.ndarray, "B T D"]:
-        """Return the float32 hidden states after the last layer. Those of padding have no meaning."""
+        """Return the float32 hidden states after the last layer. Hidden states of padding have no meaning."""
         return self._run(self._encode_program, inputs).hidden_states[:, : inputs.tokens.shape[1]]
 
     def pooled(self, inputs: EncoderInputs) -> Float[np.ndarray, "B P"]:
-        """Return the float32 output of the pooler. Raises ConfigError if the model has none."""
+        """Return the float32 output of the pooler. Raises ConfigError if the model has no pooler."""
         if not self.config.pooler:
             raise ConfigError(
                 "model.pooler=false: the model has no pooler; use mean_pooled, or hidden_states of the first token"
@@ -101,7 +101,7 @@ class EncoderPrograms(CompiledModel):
         return self._run(self._encode_program, inputs).pooled
 
     def logits(self, inputs: EncoderInputs) -> Float[np.ndarray, "B T V"]:
-        """Return the float32 logits of the masked language-model head. Raises ConfigError if the model has none."""
+        """Return the float32 logits of the masked language-model head. Raises ConfigError if the model has no head."""
         if self.config.head == "none":
             raise ConfigError('model.head="none": the model has no masked language-model head; use hidden_states')
         return self._run(self._logits_program, inputs)[:, : inputs.tokens.shape[1]]
@@ -115,15 +115,15 @@ class EncoderPrograms(CompiledModel):
     def _run(self, program: Any, inputs: EncoderInputs) -> Any:
         """Return the outputs of a program for the sequences of `inputs`, which may end with padding."""
         batch_size, length = inputs.tokens.shape
-        rows = self._buckets.batch_size(batch_size) - batch_size
-        columns = self._buckets.prefill_len(length) - length
-        padded = EncoderInputs(*(np.pad(array, ((0, rows), (0, columns))) for array in inputs))
+        extra_rows = self._buckets.batch_size(batch_size) - batch_size
+        extra_columns = self._buckets.prefill_len(length) - length
+        padded = EncoderInputs(*(np.pad(array, ((0, extra_rows), (0, extra_columns))) for array in inputs))
         return jax.tree.map(lambda array: np.asarray(array)[:batch_size], program(self.weights, padded))
 
     def _encode(self, weights: Any, inputs: EncoderInputs) -> Encoding:
-        found = self._model.encode(stack_layers(weights), inputs.tokens, **self._arguments(inputs))
-        hidden_states = constrain(found.hidden_states, "batch", "sequence", "activation_embed")
-        return jax.tree.map(lambda array: array.astype(jnp.float32), found._replace(hidden_states=hidden_states))
+        encoding = self._model.encode(stack_layers(weights), inputs.tokens, **self._arguments(inputs))
+        hidden_states = constrain(encoding.hidden_states, "batch", "sequence", "activation_embed")
+        return jax.tree.map(lambda array: array.astype(jnp.float32), encoding._replace(hidden_states=hidden_states))
 
     def _logits(self, weights: Any, inputs: EncoderInputs) -> Any:
         logits, _ = self._model.apply(stack_layers(weights), inputs.tokens, **self._arguments(inputs))
@@ -169,8 +169,8 @@ def _check(inputs: EncoderInputs, config: ModelConfig) -> None:
     shape = np.shape(inputs.tokens)
     if len(shape) != 2 or 0 in shape or shape[1] > config.seq_len or {np.shape(array) for array in inputs} != {shape}:
         raise PromptError(
-            f"got arrays of the shapes {[np.shape(array) for array in inputs]}; they must have one shape [batch, seq_len] "
-            f"with at most seq_len={config.seq_len} tokens"
+            f"got arrays of the shapes {[np.shape(array) for array in inputs]}; all must have the same "
+            f"shape [batch, length] with a length of at most seq_len={config.seq_len}"
         )
     limits = (("tokens", config.n_vocab), ("attention_mask", 2), ("token_types", config.n_token_types or 1))
     for name, limit in limits:

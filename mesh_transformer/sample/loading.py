@@ -36,7 +36,7 @@ SETTABLE = ("sample.", "serve.", "evaluate.", "mesh.", "model.dtype")
 ENCODER_SETTABLE = ("mesh.", "model.dtype", "serve.weight_dtype")
 # Required sections that imported checkpoints lack, because another program trained them.
 NO_TRAINING = {"data": {"train": {"unknown": {"path": ""}}}, "train": {"steps": 1, "batch_size": 1}}
-ONE_DEVICE = {"data": 1}  # default mesh; the mesh in a checkpoint's configuration is that of its training
+ONE_DEVICE = {"data": 1}  # default mesh; the mesh in a checkpoint's configuration was used for training
 
 
 class LoadedModel(NamedTuple):
@@ -44,7 +44,7 @@ class LoadedModel(NamedTuple):
 
     engine: Engine
     tokenizer: Tokenizer
-    config: Config  # configuration of the training, with the overrides of load_model
+    config: Config  # configuration of the training run, with the overrides of load_model
     step: int
     where: str  # folder of the checkpoint
     defaults: ModelDefaults  # from the model's files, with the overrides of load_model
@@ -61,7 +61,7 @@ class LoadedEncoder(NamedTuple):
 
 
 class _Source(NamedTuple):
-    """A checkpoint whose metadata is read."""
+    """A checkpoint with its metadata, configuration and tokenizer, but without weights."""
 
     store: Store
     step: int
@@ -82,7 +82,7 @@ def load_model(path: str | AnyPath, overrides: Iterable[str] = ()) -> LoadedMode
     """Load a model that generates text: the latest valid checkpoint of the run folder `path`, `path` itself, or a model of
     another format.
 
-    Only the weights are read, by each device its own slices. The mesh is one device unless `overrides` set `mesh.*`.
+    Only the weights are read, and each device reads only its slices. The mesh is one device unless `overrides` set `mesh.*`.
 
     Args:
       path: Run folder, folder of checkpoints, checkpoint, or a model that `find_model` converts: a Hugging Face folder or
@@ -239,21 +239,23 @@ def _make_drafter(config: Config, layout: MeshLayout) -> Drafter | None:
 
 
 def _load_draft_model(config: Config, layout: MeshLayout) -> Drafter:
-    """Load `serve.draft_model` on the devices of the model."""
+    """Load `serve.draft_model` onto the devices of the model."""
     serve = config.serve
     store, step = find_model(serve.draft_model, log=_log)
     where = f"{store.root}/step_{step}"
-    draft = read_model_config(store.read_meta(step), where, ())
+    draft_config = read_model_config(store.read_meta(step), where, ())
     try:
-        if draft.model.n_encoder_layers is not None:
+        if draft_config.model.n_encoder_layers is not None:
             raise ConfigError("an encoder-decoder model cannot draft tokens; use a decoder-only model")
-        check_vocabulary(draft.model, config.model.n_vocab)
-        params = _read_params(store, step, draft, layout)
-        return DraftModelDrafter(draft.model, params, num_draft_tokens=serve.num_speculative_tokens, layout=layout)
+        check_vocabulary(draft_config.model, config.model.n_vocab)
+        params = _read_params(store, step, draft_config, layout)
+        return DraftModelDrafter(
+            draft_config.model, params, num_draft_tokens=serve.num_speculative_tokens, layout=layout
+        )
     except ConfigError as error:
         raise ConfigError(f"serve.draft_model={serve.draft_model!r}: {error}") from None
 
 
 def _sharding(layout: MeshLayout, info: ParamInfo, name: str, stacked: bool) -> Any:
-    skipped = 0 if stacked else info.axes[:1] == (STACK,)
-    return layout.sharding(info.axes[skipped:], info.shape[skipped:], name)
+    n_skipped = 0 if stacked else int(info.axes[:1] == (STACK,))
+    return layout.sharding(info.axes[n_skipped:], info.shape[n_skipped:], name)

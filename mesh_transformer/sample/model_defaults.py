@@ -5,13 +5,13 @@
 A converted checkpoint stores the text files of its Hugging Face folder (`carried` in the metadata) and the special ids of
 config.json (`special_ids`). They determine, as in `transformers.generate`:
 
-* the special tokens of an encoded prompt, such as <s> in front of it for Llama;
+* the special tokens of an encoded prompt, such as <s> at the start for Llama;
 * the tokens that end a generated text: `eos_token_id` of generation_config.json, else of config.json, else the tokenizer's
   end-of-text token; a chat message also ends at the tokenizer's `eos_token`;
 * the defaults of temperature, top_k, top_p, min_p, repetition_penalty and the number of tokens (generation_config.json).
 
-A model that this program trained has no such files: a prompt gets no special tokens, and a text ends at the end-of-text
-token.
+A model that this program trained from scratch has no such files: a prompt gets no special tokens, and a text ends at the
+end-of-text token.
 """
 
 import dataclasses
@@ -89,10 +89,10 @@ class ModelDefaults:
     prefix_token_id: int  # precedes a text whose likelihood is computed: the tokenizer's BOS, else its EOS
     first_token_id: int  # begins a text with an empty prompt
     decoder: DecoderTokens | None = None  # of an encoder-decoder model
-    from_files: bool = False  # the defaults come from the model's files, whose special tokens are used
+    from_files: bool = False  # True if the model's files determine the defaults and the special tokens of prompts
     sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # fields of SampleConfig that the files set
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # fields that the user sets (sample.NAME)
-    notes: tuple[str, ...] = ()  # messages about fields of the files that have no effect
+    notes: tuple[str, ...] = ()  # messages about fields of generation_config.json that have no effect
 
     @property
     def request_defaults(self) -> dict[str, Any]:
@@ -141,8 +141,8 @@ def make_defaults(tokenizer: Tokenizer) -> ModelDefaults:
 def read_defaults(meta: Mapping[str, Any], tokenizer: Tokenizer, model: ModelConfig, where: str) -> ModelDefaults:
     """Return the defaults of a model from its metadata: `carried`, `special_ids` and `config`.
 
-    A run that started from a converted model also has the files of that model. Its texts end at end_of_text too, which
-    ends its training documents, and its [sample] section has precedence over generation_config.json.
+    A run that started from a converted model also has the files of that model. Its texts also end at end_of_text,
+    because its training documents ended there. Its [sample] section replaces generation_config.json.
 
     Raises ConfigError for a file that is not a JSON object, or an id that is not an integer; the message begins with
     `where`.
@@ -152,28 +152,28 @@ def read_defaults(meta: Mapping[str, Any], tokenizer: Tokenizer, model: ModelCon
     if "carried" not in meta and "special_ids" not in meta:
         return make_defaults(tokenizer)
     carried: Mapping[str, str] = meta.get("carried") or {}
-    config: Mapping[str, Any] = meta.get("special_ids") or {}
+    special_ids: Mapping[str, Any] = meta.get("special_ids") or {}
     generation = _read_json(carried, GENERATION_CONFIG, where)
     tokenizer_files = {name: _read_json(carried, name, where) for name in (CONFIG, SPECIAL_TOKENS_MAP)}
     record = tokenizer.to_json()
     ids = token_ids(merge_additions(record["tokenizer"], record)) if "tokenizer" in record else {}
-    special = {name: ids[token] for name, token in name_special_tokens(tokenizer_files).items() if token in ids}
+    named_ids = {name: ids[token] for name, token in name_special_tokens(tokenizer_files).items() if token in ids}
 
     def read_ids(key: str) -> tuple[int, ...]:
         in_generation = _to_ids(generation.get(key), f"{where}: {GENERATION_CONFIG}: {key}", model.n_vocab)
-        in_config = _to_ids(config.get(key), f"{where}: config.json: {key}", model.n_vocab)
+        in_config = _to_ids(special_ids.get(key), f"{where}: config.json: {key}", model.n_vocab)
         return in_generation or in_config
 
     def first_of(*ids: int | None) -> int:
         return next(i for i in (*ids, tokenizer.end_of_text) if i is not None)
 
     config_bos = next(iter(read_ids("bos_token_id")), None)
-    bos = special.get("bos_token", None if CONFIG in carried else config_bos)
-    eos = first_of(special.get("eos_token"))
+    bos = named_ids.get("bos_token", None if CONFIG in carried else config_bos)
+    eos = first_of(named_ids.get("eos_token"))
     is_run = "sample" in meta.get("config", {})
     ends = read_ids("eos_token_id") or (eos,)
     ends = tuple(dict.fromkeys((*ends, tokenizer.end_of_text))) if is_run else ends
-    config_ends = _to_ids(config.get("eos_token_id"), f"{where}: config.json: eos_token_id", model.n_vocab)
+    config_ends = _to_ids(special_ids.get("eos_token_id"), f"{where}: config.json: eos_token_id", model.n_vocab)
     sampling, notes = ({}, ()) if is_run else read_sampling(generation, model.seq_len)
     return ModelDefaults(
         tokenizer=tokenizer,
@@ -211,8 +211,8 @@ def read_sampling(generation: Mapping[str, Any], seq_len: int) -> tuple[dict[str
         sampling["temperature"] = 0.0
     notes += [
         _note(name, given[name], "not supported")
-        for name, off in UNSUPPORTED.items()
-        if name in given and given[name] not in off
+        for name, disabled in UNSUPPORTED.items()
+        if name in given and given[name] not in disabled
     ]
     max_length = given.get("max_length")
     if "max_new_tokens" not in given and max_length is not None and max_length != seq_len:
@@ -254,8 +254,8 @@ def _to_ids(value: Any, name: str, n_vocab: int) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if bad := [i for i in ids if not isinstance(i, int) or isinstance(i, bool)]:
         raise ConfigError(
-            f"{name}={value!r}: {bad[0]!r} is not a token id; the value must be an integer or a list of integers; correct it and "
-            "convert the model again"
+            f"{name}={json.dumps(value)[:80]}: {json.dumps(bad[0])[:80]} is not a token id; the value must be an integer or a "
+            "list of integers; correct it and convert the model again"
         )
     return tuple(dict.fromkeys(i for i in ids if 0 <= i < n_vocab))
 
@@ -269,6 +269,6 @@ def _read_json(files: Mapping[str, str], name: str, where: str) -> dict[str, Any
         ) from None
     if not isinstance(table, dict):
         raise ConfigError(
-            f"{where}: {name} contains a {type(table).__name__}, not a JSON object; correct it and convert the model again"
+            f"{where}: {name} contains {json.dumps(table)[:80]}, not a JSON object; correct it and convert the model again"
         )
     return table

@@ -4,6 +4,7 @@
 
 import dataclasses
 import difflib
+import json
 import os
 import signal
 import sys
@@ -32,7 +33,7 @@ have many lines.
 BLOCK = '"""'
 COMMANDS = ("/set", "/show", "/seed", "/reset", "/help", "/quit")
 FIELDS = [field.name for field in dataclasses.fields(SampleConfig) if field.name != "prompts"]
-# Generated control characters, which could control the terminal, are replaced by the Unicode symbols for them.
+# Generated control characters, which could control the terminal -> Unicode symbols that are printed instead.
 VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
 VISIBLE |= dict.fromkeys(range(128, 160), 65533)
 
@@ -93,7 +94,7 @@ class Repl:
                     raise ReplError(f"/seed {number}: expected an integer >= 0, for example /seed 3")
                 self._seed = int(number)
             case "/show", _:
-                print("\n".join(f"{name} = {getattr(self._options, name)}" for name in FIELDS))
+                print("\n".join(f"{name} = {json.dumps(getattr(self._options, name))}" for name in FIELDS))
                 print(f"seed = {self._seed}", flush=True)
             case "/reset", _:
                 self._options, self._seed = self._start
@@ -110,7 +111,7 @@ class Repl:
         start = time.monotonic()
         seed = self._seed
         self._seed += 1
-        reason = ""
+        suffix = ""
         # The signal sets a flag instead of raising: an exception inside XLA can crash the process at exit.
         with StopRequest((signal.SIGINT,), "") as stop:
             generation = TextGeneration(
@@ -119,7 +120,7 @@ class Repl:
             for _, text in generation:
                 self._write(text)
                 if stop.requested:
-                    reason = ", interrupted"
+                    suffix = ", interrupted"
                     break
         for _, text in generation.interrupt():
             self._write(text)
@@ -127,11 +128,11 @@ class Repl:
         print(flush=True)
         tokens = generation.n_tokens
         [completion] = generation.completions()
-        if completion.finish == "length" and not reason and tokens < self._options.max_tokens:
-            reason = f", stopped at seq_len={self._engine.config.seq_len}"
+        if completion.finish == "length" and not suffix and tokens < self._options.max_tokens:
+            suffix = f", stopped at seq_len={self._engine.config.seq_len}"
         if stats := completion.speculative:
-            reason = f", {stats.accepted_tokens} of {stats.draft_tokens} draft tokens accepted" + reason
-        self._note(f"{tokens} tokens, {tokens / seconds:.1f} tokens/s, seed {seed}{reason}")
+            suffix = f", {stats.accepted_tokens} of {stats.draft_tokens} draft tokens accepted" + suffix
+        self._note(f"{tokens} tokens, {tokens / seconds:.1f} tokens/s, seed {seed}{suffix}")
 
     def _read(self) -> tuple[str, bool]:
         """Return the next text, which may have several lines (see HELP), and whether it is a command."""

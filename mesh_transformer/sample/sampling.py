@@ -25,7 +25,7 @@ from mesh_transformer.config import ConfigError, SampleConfig
 class SamplingOptions(NamedTuple):
     """Sampling options of each request. Values that disable an option are in parentheses."""
 
-    temperature: Float[Array, "B"]  # (1) divides the logits; 0: greedy
+    temperature: Float[Array, "B"]  # (1) divides the logits; 0: greedy decoding
     top_k: Int[Array, "B"]  # (0) keep the k most probable tokens
     top_p: Float[Array, "B"]  # (1) keep the smallest set of most probable tokens with at least this total probability
     min_p: Float[Array, "B"]  # (0) drop tokens less probable than this factor times the most probable token
@@ -130,8 +130,8 @@ def penalize_counts(
 def filter_logits(logits: Float[Array, "B V"], options: SamplingOptions) -> Float[Array, "B V"]:
     """Return `scale_temperature(logits)`, with -inf for tokens that a filter drops.
 
-    Filters that no request uses are not computed. Requests of temperature 0 use none, because filters do not change their
-    token.
+    Filters that no request uses are not computed. Requests of temperature 0 use no filter, because filters do
+    not change the most probable token.
     """
     scaled = scale_temperature(logits, options.temperature)
     stochastic = options.temperature > 0.0
@@ -159,14 +159,16 @@ def keep_top_k(scaled: Float[Array, "B V"], k: Int[Array, "B"]) -> Bool[Array, "
 
 
 def keep_top_p(scaled: Float[Array, "B V"], p: Float[Array, "B"], keep: Bool[Array, "B V"]) -> Bool[Array, "B V"]:
-    """Return a mask of the fewest most probable tokens with a fraction `p` of the probability in `keep`; all if p is 1.
+    """Return a mask of the smallest set of most probable tokens with a fraction `p` of the probability of `keep`.
 
-    Nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751): a token is kept if the total probability of the tokens ranked
+    If `p` is 1, the mask contains all tokens.
+
+    This is nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751): a token is kept if the total probability of the tokens ranked
     before it is less than `p`. Weights are exp(logit) without normalization, so that sums of equal weights are exact.
     """
     weights = jnp.where(keep, jnp.exp(scaled), 0.0)
-    share = jnp.maximum(p * jnp.sum(weights, axis=-1), jnp.finfo(jnp.float32).tiny)
-    return _keep_first(scaled, weights, jnp.where(p < 1.0, share, jnp.inf))
+    wanted = jnp.maximum(p * jnp.sum(weights, axis=-1), jnp.finfo(jnp.float32).tiny)
+    return _keep_first(scaled, weights, jnp.where(p < 1.0, wanted, jnp.inf))
 
 
 def keep_min_p(scaled: Float[Array, "B V"], min_p: Float[Array, "B"]) -> Bool[Array, "B V"]:
@@ -177,7 +179,7 @@ def keep_min_p(scaled: Float[Array, "B V"], min_p: Float[Array, "B"]) -> Bool[Ar
 def _keep_first(
     scaled: Float[Array, "B V"], weights: Float[Array, "B V"], wanted: Float[Array, "B"]
 ) -> Bool[Array, "B V"]:
-    """Return a mask of the tokens for which the total weight of all tokens ranked before is less than `wanted`.
+    """Return a mask of the tokens whose preceding tokens in the ranking have a total weight of less than `wanted`.
 
     The mask is found by bisection instead of sorting: first the smallest logit that is kept, then the largest id among
     tokens of that logit. This needs only sums over the vocabulary. Their cost does not depend on the distribution (sorting
@@ -199,15 +201,15 @@ def _bisect(
 ) -> Int[Array, "B"]:
     """Return the largest `bits`-bit integer r such that tokens of rank < r weigh less than `wanted`; 0 if there is none."""
 
-    def set_bit(i: Array, found: Array) -> Array:
-        candidate = found | (1 << (bits - 1 - i))
+    def set_bit(i: Array, largest: Array) -> Array:
+        candidate = largest | (1 << (bits - 1 - i))
         weight = jnp.sum(jnp.where(rank < candidate[:, None], weights, 0.0), axis=-1)
-        return jnp.where(weight < wanted, candidate, found)
+        return jnp.where(weight < wanted, candidate, largest)
 
     return jax.lax.fori_loop(0, bits, set_bit, jnp.zeros(weights.shape[:1], jnp.int32))
 
 
 def _logprob(logits: Float[Array, "B V"], token: Int[Array, "B"]) -> Float[Array, "B"]:
     """Return the log-probability of each request's `token`."""
-    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
+    token_logits = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    return token_logits - jax.nn.logsumexp(logits, axis=-1)

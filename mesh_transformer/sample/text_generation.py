@@ -36,10 +36,10 @@ class TextCompletion(NamedTuple):
 
 
 class StopStrings:
-    """Ends streamed text before the first stop string, and holds back text that may be the start of one.
+    """Ends streamed text before the first stop string, and holds back text that may be the start of a stop string.
 
-    If several stop strings are completed by the same character, the longest counts. The result does not depend on how the
-    text is split.
+    If the same character completes several stop strings, the text ends before the longest of them. The result does not depend
+    on the division of the text between calls.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -61,10 +61,10 @@ class StopStrings:
             shown = self._held[: min(ends)[1]]
             self._held = ""
             return shown
-        keep = max(
+        n_held = max(
             (n for stop in self._stops for n in range(len(stop)) if n and self._held.endswith(stop[:n])), default=0
         )
-        n_shown = len(self._held) - keep
+        n_shown = len(self._held) - n_held
         shown = self._held[:n_shown]
         self._held = self._held[n_shown:]
         return shown
@@ -114,7 +114,7 @@ class TextGeneration:
     """Generation of `n` samples of every prompt. Iteration yields (index, new text); see Engine.start for the indices.
 
     A prompt is a text or token ids. A sample ends at any of `defaults.eos_token_ids`, and has fewer than
-    `options.max_tokens` tokens if the sequence reaches seq_len before.
+    `options.max_tokens` tokens if the sequence reaches seq_len earlier.
     """
 
     def __init__(
@@ -130,18 +130,18 @@ class TextGeneration:
     ) -> None:
         """Submit the requests. Raises PromptError for a prompt that is too long."""
         tokenizer = defaults.tokenizer
-        special = {"add_special_tokens": options.add_special_tokens, "parse_special": options.parse_special}
-        ids = [prompt if isinstance(prompt, list) else defaults.encode(prompt, **special) for prompt in prompts]
+        encode_options = {"add_special_tokens": options.add_special_tokens, "parse_special": options.parse_special}
+        ids = [prompt if isinstance(prompt, list) else defaults.encode(prompt, **encode_options) for prompt in prompts]
         texts = [prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in prompts]
         limits = [max(min(options.max_tokens, engine.config.max_new_tokens(len(prompt))), 1) for prompt in ids]
-        each = [dataclasses.replace(options, max_tokens=limit) for limit in limits]
+        options_by_prompt = [dataclasses.replace(options, max_tokens=limit) for limit in limits]
         self._streamers = [
             TextStreamer(text, StreamDecoder(tokenizer, continues=bool(text)), StopStrings(stops))
             for text in texts
             for _ in range(n)
         ]
         self._is_speculative = engine.is_speculative
-        self._generation = engine.start(ids, each, n=n, seed=seed, stop_tokens=defaults.eos_token_ids)
+        self._generation = engine.start(ids, options_by_prompt, n=n, seed=seed, stop_tokens=defaults.eos_token_ids)
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         for event in self._generation.events():

@@ -45,7 +45,7 @@ from mesh_transformer.serve.protocol import (
     describe_validation_errors,
 )
 
-LEGACY_FORMAT = ApiFormat(default_max_tokens=256)  # the number that mesh-transformer-jax's server generates
+LEGACY_FORMAT = ApiFormat(default_max_tokens=256)  # number of tokens that mesh-transformer-jax's server generates
 BODIES = {
     "/complete": CompleteRequest,
     "/v1/completions": CompletionRequest,
@@ -70,7 +70,7 @@ STREAM: dict[int | str, dict[str, Any]] = {
 }
 
 
-StartFn = Callable[[], AbstractAsyncContextManager[CompletionTask]]  # starts a completion
+StartFn = Callable[[], AbstractAsyncContextManager[CompletionTask]]  # starts one completion
 
 
 class ClientDisconnected(Exception):
@@ -287,7 +287,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(ClientDisconnected)
     async def disconnected(_: Request, error: ClientDisconnected) -> Response:
-        return Response(status_code=499)  # for the metrics; the client does not receive it
+        return Response(status_code=499)  # counted in the metrics; the client does not receive it
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:

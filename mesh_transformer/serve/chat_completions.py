@@ -56,7 +56,7 @@ class ChatFormat(ApiFormat):
 
 @contextlib.asynccontextmanager
 async def start_chat(service: Service, request: ChatCompletionRequest) -> AsyncGenerator[CompletionTask, None]:
-    """Start a chat completion. Without max_completion_tokens in the request, only seq_len limits the output.
+    """Start a chat completion. Without a maximum in the request or in the model's defaults, only seq_len limits the output.
 
     Raises ApiError for an invalid request.
     """

@@ -30,7 +30,7 @@ from mesh_transformer.serve.sample_stream import (
 )
 from mesh_transformer.serve.structured_output import GrammarCompiler, GrammarMatcher
 
-DEFAULT_MAX_TOKENS = 16  # OpenAI's
+DEFAULT_MAX_TOKENS = 16  # OpenAI's default
 
 
 class Service(NamedTuple):
@@ -40,7 +40,7 @@ class Service(NamedTuple):
     engine_thread: EngineThread
     metrics: ServerMetrics
     grammar_compiler: GrammarCompiler
-    name: str  # of the model
+    name: str  # name of the model in the API
     max_token_bytes: int  # largest number of bytes of a token's text
     chat_template: ChatTemplate
 
@@ -49,7 +49,7 @@ class Service(NamedTuple):
 class ApiFormat:
     """Response format and defaults of an endpoint. The field defaults are for /v1/completions; ChatFormat overrides them."""
 
-    default_max_tokens: int = DEFAULT_MAX_TOKENS  # if the request has no max_tokens; fewer if limited by seq_len
+    default_max_tokens: int = DEFAULT_MAX_TOKENS  # if neither request nor model sets a number; limited by seq_len
     stop_tokens: Sequence[int] = ()  # in addition to the model's eos_token_ids
     id_prefix: str = "cmpl"
     full_object: str = "text_completion"
@@ -124,7 +124,7 @@ class CompletionTask:
         deltas: list[list[Delta]] = [[] for _ in self._samples]
         async for index, delta in self._deltas():
             deltas[index].append(delta)
-        outputs = [join_deltas(each) for each in deltas]
+        outputs = [join_deltas(sample_deltas) for sample_deltas in deltas]
         choices = []
         for first in range(0, len(outputs), self._n_generated):
             order = range(first, first + self._n_generated)
@@ -200,7 +200,7 @@ class CompletionTask:
             for i in range(self._n_generated)
         ]
         try:
-            return [loaded.engine.make_request(prompt, each, name=name) for each in samples]
+            return [loaded.engine.make_request(prompt, sample_params, name=name) for sample_params in samples]
         except PromptError as error:
             param = "logit_bias" if str(error).startswith("logit_bias") else self._format.prompt_field
             code = "context_length_exceeded" if "seq_len" in str(error) else None
@@ -287,9 +287,9 @@ def error_json(error: ApiError) -> dict[str, Any]:
 
 
 def check_length(service: Service, prompt: str | list[int], field: str) -> None:
-    """Raise ApiError 400 for a prompt that exceeds seq_len however it is tokenized; `field` is its field in the request."""
+    """Raise ApiError 400 for a prompt that exceeds seq_len with any tokenization; `field` is the request's field for it."""
     seq_len = service.loaded_model.config.model.seq_len
-    # A text that is longer than seq_len tokens of max_token_bytes is too long; encoding it first would be slow.
+    # A text with more characters than seq_len tokens have bytes is too long; encoding it first would be slow.
     min_tokens = len(prompt) if isinstance(prompt, list) else -(-len(prompt) // service.max_token_bytes)
     if min_tokens > seq_len:
         raise ApiError(
@@ -304,14 +304,14 @@ def check_length(service: Service, prompt: str | list[int], field: str) -> None:
 def _encode(service: Service, request: CompletionRequest, prompts: Sequence[str | list[int]]) -> list[list[int]]:
     loaded, encoded = service.loaded_model, []
     sample = loaded.config.sample
-    special = {
+    encode_options = {
         name: getattr(sample, name) if getattr(request, name) is None else getattr(request, name)
         for name in ("add_special_tokens", "parse_special")
     }
     for prompt in prompts:
         check_length(service, prompt, "prompt")
         try:
-            encoded.append(prompt if isinstance(prompt, list) else loaded.defaults.encode(prompt, **special))
+            encoded.append(prompt if isinstance(prompt, list) else loaded.defaults.encode(prompt, **encode_options))
         except TokenizerError as error:
             raise ApiError(400, str(error)[:400], param="prompt") from None
     return encoded

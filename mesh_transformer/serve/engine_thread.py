@@ -29,7 +29,7 @@ class PendingRequest:
         self._index = {request.id: index for index, request in enumerate(self.requests)}
         self._unfinished = set(self._index)
         self._arrived: asyncio.Queue[list[Event] | ApiError] = asyncio.Queue()
-        self.n_generated = 0  # tokens
+        self.n_generated = 0  # number of tokens so far
 
     @property
     def open(self) -> bool:
@@ -70,7 +70,7 @@ class EngineThread:
         """
         self.engine = engine
         self.capacity = capacity
-        # Reason why requests wait; empty if they do not.
+        # Reason why requests wait for compilation; empty if they do not wait.
         self.compiling = "programs are being compiled" if warmup_tokens else ""
         self.n_active = 0  # requests in decode slots, as of the last engine step
         self.n_queued = 0  # requests that wait for a slot or are in prefill, as of the last engine step
@@ -78,7 +78,7 @@ class EngineThread:
         self._warmup_tokens = warmup_tokens
         self._pending: dict[int, PendingRequest] = {}  # by Request.id; used only by the event loop's thread
         self._inbox: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
-        self._recent_steps: deque[tuple[float, int]] = deque()  # (time, tokens)
+        self._recent_steps: deque[tuple[float, int]] = deque()  # (time, number of tokens)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = False
@@ -101,7 +101,7 @@ class EngineThread:
         return len(self._pending)
 
     def check_capacity(self, n: int) -> None:
-        """Raise ApiError 429 if `n` requests exceed the free capacity, 400 if they exceed all of it, 503 after a failure."""
+        """Raise ApiError 429 if `n` requests exceed the free capacity, 400 if they exceed the total, 503 after a failure."""
         if self.failure:
             raise ApiError(
                 503, "the engine has failed, and the server is shutting down; restart the server", code="engine_failed"
@@ -150,7 +150,7 @@ class EngineThread:
         return sum(n for when, n in list(self._recent_steps) if now - when < RATE_WINDOW) / RATE_WINDOW
 
     def _estimate_wait(self) -> int:
-        """Estimate the seconds until a request finishes: its mean number of remaining tokens at the current rate."""
+        """Estimate the seconds until a request finishes: mean remaining tokens of a request / tokens per second of all."""
         unfinished = [request for pending in set(self._pending.values()) for request in pending.requests]
         remaining = sum(request.max_tokens - len(request.tokens) for request in unfinished)
         rate = max(self.tokens_per_second(), 1.0)
@@ -184,7 +184,7 @@ class EngineThread:
                 events = self.engine.step(sizer.steps)
             if (count := sum(self.engine.compilations.values())) > compiled:
                 compiled = count
-                trim_memory()  # compilation frees 20 to 100 MB per program
+                trim_memory()  # a compilation frees 20 to 100 MB, which are returned to the operating system
             self._recent_steps.append((time.monotonic(), len(events)))
             while self._recent_steps[0][0] < time.monotonic() - RATE_WINDOW:
                 self._recent_steps.popleft()

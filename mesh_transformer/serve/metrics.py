@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from mesh_transformer.serve.engine_thread import EngineThread
 
 PREFIX = "mesh_transformer"
+# Upper bounds of the histogram buckets.
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 

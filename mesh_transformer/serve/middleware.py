@@ -43,7 +43,7 @@ class RequestLimits:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = 499  # if the client disconnects before the response starts
+        status = 499  # reported if the client disconnects before the response starts
 
         async def counting_send(message: Message) -> None:
             nonlocal status
@@ -86,20 +86,20 @@ class RequestLimits:
             raise error
 
     async def _read_body(self, scope: Message, receive: Receive) -> bytes | None:
-        """Return the whole body; None if the client disconnects."""
+        """Return the full body, or None if the client disconnects."""
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self._max_body_bytes:
             raise self._too_large(length.decode("latin-1")[:MAX_QUOTED])
-        chunks, size = [], 0
+        chunks, n_bytes = [], 0
         try:
             async with asyncio.timeout(self._body_timeout_seconds):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
-                    size += len(message.get("body", b""))
-                    if size > self._max_body_bytes:
-                        raise self._too_large(f"at least {size}")
+                    n_bytes += len(message.get("body", b""))
+                    if n_bytes > self._max_body_bytes:
+                        raise self._too_large(f"at least {n_bytes}")
                     chunks.append(message.get("body", b""))
                     if not message.get("more_body"):
                         return b"".join(chunks)
@@ -110,10 +110,10 @@ class RequestLimits:
             )
             raise ApiError(408, message, code="timeout") from None
 
-    def _too_large(self, size: str) -> ApiError:
+    def _too_large(self, n_bytes: str) -> ApiError:
         return ApiError(
             413,
-            f"the request body has {size} bytes; the maximum is {self._max_body_bytes} (serve.max_body_bytes); shorten it",
+            f"the request body has {n_bytes} bytes; the maximum is {self._max_body_bytes} (serve.max_body_bytes); shorten it",
             code="too_large",
         )
 

@@ -3,6 +3,7 @@
 """Request and response schemas: OpenAI's API with a few extensions, strictly validated."""
 
 import difflib
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -48,8 +49,8 @@ class StrictModel(BaseModel):
 class StreamOptions(StrictModel):
     """Additional content of a stream."""
 
-    include_usage: bool = False  # one more chunk at the end, with token counts
-    include_obfuscation: bool = False  # accepted, no effect
+    include_usage: bool = False  # send one more chunk at the end, with token counts
+    include_obfuscation: bool = False  # accepted and ignored
 
 
 class NamedSchema(StrictModel):
@@ -70,10 +71,11 @@ class ResponseFormat(StrictModel):
     @model_validator(mode="after")
     def check(self) -> "ResponseFormat":
         """Check that `type` and `json_schema` agree."""
-        if (self.type == "json_schema") != (self.json_schema is not None):
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError('type "json_schema" requires json_schema; add it, or use type "text" or "json_object"')
+        if self.type != "json_schema" and self.json_schema is not None:
             raise ValueError(
-                f'type is "{self.type}" {"without" if self.json_schema is None else "with"} json_schema; json_schema requires '
-                'type "json_schema" and the reverse: set both or neither'
+                f'json_schema requires type "json_schema", not "{self.type}"; change type, or remove json_schema'
             )
         return self
 
@@ -81,9 +83,9 @@ class ResponseFormat(StrictModel):
 class CommonParams(StrictModel):
     """Parameters shared by completions and chat completions. Without `seed`, every prompt has a random seed."""
 
-    model: Annotated[str, Field(max_length=256)] | None = None  # if given, the name of the served model
+    model: Annotated[str, Field(max_length=256)] | None = None  # None, or the name of the served model
     # Default of sampling parameters: --set sample.*, else the model's generation_config.json, else OpenAI's default.
-    temperature: Annotated[float, Field(ge=0.0, le=10.0)] | None = None  # OpenAI's default is 1; 0: greedy
+    temperature: Annotated[float, Field(ge=0.0, le=10.0)] | None = None  # OpenAI's default is 1; 0: greedy decoding
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
     stream: bool | None = None
@@ -104,7 +106,7 @@ class CommonParams(StrictModel):
 
     @model_validator(mode="after")
     def check_shared(self) -> "CommonParams":
-        """Check combinations of these fields."""
+        """Check combinations of the shared fields."""
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options requires stream=true; set it, or remove stream_options")
         if self.guided_regex is not None and self.response_format and self.response_format.type != "text":
@@ -116,7 +118,7 @@ class CompletionRequest(CommonParams):
     """POST /v1/completions."""
 
     prompt: Prompt = ""
-    max_tokens: Annotated[int, Field(ge=0)] | None = None  # None: 16, or fewer if seq_len is reached; 0 requires echo
+    max_tokens: Annotated[int, Field(ge=0)] | None = None  # None: the model's default, else 16; 0 requires echo
     best_of: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None  # samples; the n most probable are returned
     # number of most probable tokens to list for each token; 0: only the token itself
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
@@ -175,7 +177,7 @@ class ChatCompletionRequest(CommonParams):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[RequestMessage], Field(min_length=1, max_length=2048, fail_fast=True)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None  # None: limited by seq_len only
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None  # None: the model's default, else up to seq_len
     max_tokens: Annotated[int, Field(ge=1)] | None = None  # older name of max_completion_tokens
     logprobs: bool | None = None
     # number of most probable tokens to list for each token
@@ -363,7 +365,8 @@ def describe_validation_errors(errors: list[Any], known: Mapping[str, Any]) -> t
 
 
 def _quote_input(error: Any) -> str:
-    """Return "=VALUE" for the invalid value of pydantic's error, or "" if it is a large number or not a scalar."""
+    """Return "=VALUE" for the invalid value of pydantic's error, or "" for a large number or a value that is not a scalar."""
     value = error.get("input")
     is_quoted = isinstance(value, str | float) or (isinstance(value, int) and abs(value) < 2**64)
-    return f"={value!r}"[:MAX_QUOTED] if is_quoted and error["type"] != "extra_forbidden" else ""
+    quoted = json.dumps(value) if isinstance(value, bool) else repr(value)
+    return f"={quoted}"[:MAX_QUOTED] if is_quoted and error["type"] != "extra_forbidden" else ""

@@ -126,12 +126,12 @@ class SampleStream:
             start += len(decoder.push([token]))
 
     def _take_logprobs(self) -> dict[str, list[Any]] | None:
-        """Return the tokens whose first character is in the output; at the end, all but a stop string or end of text."""
+        """Return the tokens whose first character is in the output, and at the token limit all remaining tokens."""
         if self._options.top_logprobs is None:
             return None
         length = len(self._prompt) + len(self.streamer.text) if self._started else 0
-        is_cut = self.streamer.finish != "length"
-        ready = [token for token in self._pending if token.start < length or not is_cut]
+        at_limit = self.streamer.finish == "length"
+        ready = [token for token in self._pending if token.start < length or at_limit]
         self._pending = [] if self.done else self._pending[len(ready) :]
         return self._options.format_logprobs(self._tokenizer, ready, self._options.top_logprobs)
 

@@ -29,11 +29,11 @@ from mesh_transformer.serve.protocol import ApiError
 from mesh_transformer.serve.structured_output import GrammarCompiler
 
 MIN_TOKEN_LENGTH = 16  # characters
-FINAL_SEND_SECONDS = 1.5  # time to send the last output after responses are terminated
+FINAL_SEND_SECONDS = 1.5  # seconds for the last output after responses are terminated
 
 
 def serve(loaded: LoadedModel, *, name: str, host: str, port: int, token: str | None) -> bool:
-    """Serve requests until SIGTERM or SIGINT. The address is printed when the programs are compiled.
+    """Serve requests until SIGTERM or SIGINT. The address is printed after the programs are compiled.
 
     Returns whether the engine ran without failure. Raises ConfigError if other machines can reach `host` and there is no
     `token`, or if the model has an encoder.
@@ -134,10 +134,10 @@ def read_token(path: Path) -> str:
 def check_host(host: str, token: str | None) -> None:
     """Raise ConfigError if other machines can reach `host` and there is no token."""
     try:
-        local = ipaddress.ip_address(host).is_loopback
+        is_local = ipaddress.ip_address(host).is_loopback
     except ValueError:
-        local = host == "localhost"
-    if not local and token is None:
+        is_local = host == "localhost"
+    if not is_local and token is None:
         raise ConfigError(
             f"--host {host}: other machines can reach this address, which requires a token; pass --token-file, or use "
             "--host 127.0.0.1"

@@ -22,29 +22,29 @@ class GrammarCompiler:
         self._tokenizer = defaults.tokenizer
         self._end = defaults.eos_token_ids[0]  # token that ends a complete text
         self._n_vocab = n_vocab
-        self._library: Any = None
+        self._ll_tokenizer: Any = None
 
     def from_regex(self, regex: str) -> "GrammarMatcher":
         """Return a matcher for text that fully matches `regex` (Rust's syntax, no look-around).
 
         Raises PromptError if the regular expression is invalid.
         """
-        matcher = self._load().LLMatcher
-        return self._compile(matcher.grammar_from_regex(regex), "guided_regex")
+        matcher_class = self._load().LLMatcher
+        return self._compile(matcher_class.grammar_from_regex(regex), "guided_regex")
 
     def from_schema(self, schema: dict[str, Any] | None) -> "GrammarMatcher":
         """Return a matcher for JSON that conforms to `schema`; None: any JSON object.
 
         Raises PromptError if the schema is invalid or not supported.
         """
-        matcher, field = self._load().LLMatcher, "response_format"
+        matcher_class, field = self._load().LLMatcher, "response_format"
         try:
             text = json.dumps({"type": "object"} if schema is None else schema)
             if len(text) > MAX_SCHEMA:
                 raise PromptError(
                     f"{field}: the schema has {len(text)} characters; the maximum is {MAX_SCHEMA}; shorten it"
                 )
-            return self._compile(matcher.grammar_from_json_schema(text), field)
+            return self._compile(matcher_class.grammar_from_json_schema(text), field)
         except RecursionError:
             raise PromptError(f"{field}: the schema is nested too deeply; flatten it") from None
 
@@ -55,15 +55,18 @@ class GrammarCompiler:
             raise PromptError(
                 f"structured output needs llguidance on the server ({error}); run: pip install 'mesh-transformer[serve]'"
             ) from None
-        if self._library is None:
-            self._library = llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Vocabulary(self._tokenizer, self._end)))
+        if self._ll_tokenizer is None:
+            self._ll_tokenizer = llguidance.LLTokenizer(
+                llguidance.TokenizerWrapper(_Vocabulary(self._tokenizer, self._end))
+            )
         return llguidance
 
     def _compile(self, grammar: str, field: str) -> "GrammarMatcher":
         library = self._load()
-        if (error := library.LLMatcher.validate_grammar(grammar, self._library)) and not error.startswith("WARNING"):
+        error = library.LLMatcher.validate_grammar(grammar, self._ll_tokenizer)
+        if error and not error.startswith("WARNING"):
             raise PromptError(f"{field}: {' '.join(error.split())[:300]}")
-        matcher = library.LLMatcher(self._library, grammar, log_level=0)
+        matcher = library.LLMatcher(self._ll_tokenizer, grammar, log_level=0)
         return GrammarMatcher(matcher, self._end, self._n_vocab)
 
 
@@ -80,12 +83,12 @@ class GrammarMatcher:
         self.error = ""  # message of llguidance if matching failed
 
     def allowed(self) -> np.ndarray:
-        """Return a bool mask [V] of the tokens allowed next; only the end token if none is, or the grammar is too complex."""
+        """Return a bool mask [V] of the tokens allowed next; only the end token if no token is allowed, or after an error."""
         allowed = np.zeros(self._n_vocab, bool)
         if not self._matcher.is_stopped():
             bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
-            size = min(len(bits), self._n_vocab)
-            allowed[:size] = bits[:size]
+            n = min(len(bits), self._n_vocab)
+            allowed[:n] = bits[:n]
         self.error = self._matcher.get_error()
         if not allowed.any():
             allowed[self._end] = True
@@ -109,7 +112,7 @@ class _Vocabulary:
         self.eos_token_id = end
         self.bos_token_id = None
         data = [tokenizer.decode_bytes([i]) for i in range(tokenizer.n_vocab)]
-        # llguidance marks special tokens with the prefix 0xFF: tokens without bytes, and the token of this byte.
+        # llguidance requires the prefix 0xFF for special tokens: those without bytes, and the token of the byte 0xFF itself.
         self.special_token_ids = [i for i, token in enumerate(data) if not token or token == b"\xff"]
         self.tokens = [b"\xff<%d>" % i if not token or token == b"\xff" else token for i, token in enumerate(data)]
 

@@ -17,12 +17,12 @@ class FileRecord(NamedTuple):
 
 
 def digest_file(path: AnyPath, size: int | None = None) -> FileRecord:
-    """Return the record of a file; of an object only the first `size` bytes are read, if given."""
-    digest, found = xxhash.xxh3_128(), 0
+    """Return the record of a file; of an object, only the first `size` bytes are read if `size` is given."""
+    digest, nbytes = xxhash.xxh3_128(), 0
     for block in read_blocks(path, size):
         digest.update(block)
-        found += len(block)
-    return FileRecord(found, digest.hexdigest())
+        nbytes += len(block)
+    return FileRecord(nbytes, digest.hexdigest())
 
 
 def digest_bytes(data: bytes) -> FileRecord:

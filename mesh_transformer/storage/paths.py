@@ -8,7 +8,7 @@ do not distinguish local and remote paths. Credentials and endpoints come from t
     s3    AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE, AWS_REGION;
           AWS_ENDPOINT_URL for another store with an S3 interface
     gs    GOOGLE_APPLICATION_CREDENTIALS;
-          STORAGE_EMULATOR_HOST and TENSORSTORE_GCS_HTTP_URL together, for another server with this interface
+          STORAGE_EMULATOR_HOST and TENSORSTORE_GCS_HTTP_URL together, for another store with a GCS interface
 
 Small objects and byte ranges are read through fsspec (the extra `remote`), arrays through TensorStore. Both retry a few
 times with growing pauses before they raise an error.
@@ -47,7 +47,7 @@ BLOCK_BYTES = 1 << 22  # per read of a whole local file
 OBJECT_BLOCK_BYTES = 1 << 24  # per read of a whole object
 PAGE_BYTES = 1 << 16  # per read of an object that is opened as a file
 CACHED_PAGES = 8  # of an object that is opened as a file
-# Variables that select the server and the credentials; a change of one opens a new connection.
+# Variables that select the server and the credentials; if one of them changes, a new connection is opened.
 ENVIRONMENT_VARIABLES = (
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
@@ -72,7 +72,7 @@ class ObjectStat(NamedTuple):
 class RemotePath:
     """An object of an object store, or a folder: all objects whose names begin with its name and a slash.
 
-    Network and store errors are raised as StorageError, one line with the URL, the cause and the fix.
+    Network and store errors are raised as StorageError, whose text is one line with the URL, the cause and the fix.
     """
 
     scheme: str
@@ -128,10 +128,10 @@ class RemotePath:
         """Yield the objects and folders directly in this folder, sorted by name; none if it does not exist."""
         try:
             with self.filesystem() as files:
-                found = files.ls(self.full_name, detail=True)
+                entries = files.ls(self.full_name, detail=True)
         except FileNotFoundError:
             return iter(())
-        names = {entry["name"].rstrip("/") for entry in found} - {self.full_name}
+        names = {entry["name"].rstrip("/") for entry in entries} - {self.full_name}
         return iter([type(self)(self.scheme, tuple(name.split("/"))) for name in sorted(names)])
 
     def glob(self, pattern: str) -> Iterator[Self]:
@@ -141,21 +141,21 @@ class RemotePath:
     def list_files(self) -> dict[str, tuple[int, float]]:
         """Return {name relative to this folder: (size in bytes, modification time)} of every object below it."""
         with self.filesystem() as files:
-            found = files.find(self.full_name, detail=True)
+            entries = files.find(self.full_name, detail=True)
         start = len(self.full_name) + 1
         return {
             name[start:]: (entry["size"], _modification_time(entry))
-            for name, entry in found.items()
+            for name, entry in entries.items()
             if name[start:] and entry["type"] == "file"
         }
 
     def stat(self) -> ObjectStat:
         """Return the size of the object; raise FileNotFoundError if it does not exist."""
         with self.filesystem() as files:
-            found = files.info(self.full_name)
-        if found["type"] != "file":
+            entry = files.info(self.full_name)
+        if entry["type"] != "file":
             raise FileNotFoundError(errno.ENOENT, "no such object", str(self))
-        return ObjectStat(found["size"])
+        return ObjectStat(entry["size"])
 
     def read_bytes(self) -> bytes:
         return self.read_range(None, None)
@@ -227,7 +227,7 @@ def read_small(path: AnyPath, max_bytes: int) -> bytes:
 
 
 def read_blocks(path: AnyPath, size: int | None = None) -> Iterator[bytes | memoryview]:
-    """Yield a file block by block, each valid until the next; of an object only the first `size` bytes, if given."""
+    """Yield a file block by block, each valid until the next; of an object, only the first `size` bytes if `size` is given."""
     if isinstance(path, RemotePath):
         size = path.stat().st_size if size is None else size
         for start in range(0, size, OBJECT_BLOCK_BYTES):
@@ -240,15 +240,18 @@ def read_blocks(path: AnyPath, size: int | None = None) -> Iterator[bytes | memo
 
 
 def map_bytes(path: AnyPath, start: int, stop: int) -> np.ndarray:
-    """Return bytes [start, stop) as uint8: a local file is memory-mapped, an object is read. Raise ValueError if it is shorter."""
+    """Return bytes [start, stop) as uint8: a local file is memory-mapped, an object is read.
+
+    Raises ValueError if the file or object is shorter than `stop` bytes.
+    """
     if isinstance(path, RemotePath):
         raw = np.frombuffer(_read_cached(path, start, stop), np.uint8)
-        found = start + len(raw)
+        nbytes = start + len(raw)
     else:
-        found = path.stat().st_size
-        raw = np.memmap(path, np.uint8, "r", start, (stop - start,)) if found >= stop else np.zeros(0, np.uint8)
-    if found < stop:
-        raise ValueError(_truncated(path, found, stop))
+        nbytes = path.stat().st_size
+        raw = np.memmap(path, np.uint8, "r", start, (stop - start,)) if nbytes >= stop else np.zeros(0, np.uint8)
+    if nbytes < stop:
+        raise ValueError(_truncated(path, nbytes, stop))
     return raw
 
 
@@ -263,8 +266,8 @@ def read_into(path: Path, start: int, values: np.ndarray) -> None:
         raise ValueError(_truncated(path, path.stat().st_size, start + values.nbytes))
 
 
-def _truncated(path: AnyPath, found: int, stop: int) -> str:
-    return f"{path}: truncated: the file has {found:,} bytes, but an array in it ends at byte {stop:,}; copy or download it again"
+def _truncated(path: AnyPath, nbytes: int, stop: int) -> str:
+    return f"{path}: truncated: the file has {nbytes:,} bytes, but an array in it ends at byte {stop:,}; copy or download it again"
 
 
 @functools.lru_cache(2)
@@ -353,7 +356,7 @@ def _filesystem(scheme: str, _environment: tuple[str | None, ...]) -> Any:
 
 
 def _modification_time(entry: Mapping[str, Any]) -> float:
-    """Return seconds since 1970 by the store's clock, or the current time if the store does not report one."""
+    """Return seconds since 1970 by the store's clock, or the current time if the store reports none."""
     when = entry.get("LastModified") or entry.get("mtime")
     return when.timestamp() if isinstance(when, datetime.datetime) else time.time()
 

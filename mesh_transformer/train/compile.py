@@ -19,7 +19,7 @@ from mesh_transformer.train.step import make_eval_step, make_train_step
 
 
 def jit_train_step(config: Config, layout: MeshLayout, shardings: TrainState) -> Any:
-    """Return the jitted training step, which training and the planner share. It donates its state."""
+    """Return the jitted training step, which training and the planner share. A call donates the state."""
     step = with_layout(make_train_step(config), layout)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(layout)))
 
@@ -45,7 +45,7 @@ def with_layout(function: Callable[..., Any], layout: MeshLayout) -> Callable[..
 
 
 def compile_barrier(step: Any) -> Callable[..., Any]:
-    """Wrap a jitted function of (state, batch) so that all processes compile it before any runs it.
+    """Wrap a jitted function of (state, batch) so that all processes compile it before any process runs it.
 
     Otherwise one process could wait in its first collective while another still compiles, and XLA's CPU collectives
     time out after 30 s.

@@ -8,8 +8,8 @@ was discarded:
     {"from_step": 4}                                                    an attempt starts: steps 5, 6, ... follow
     {"step": 5, "first": 32, "sequences": [[<dataset>, <sequence>], ...], "digest": <xxh3-64 of the tokens>}
 
-`step` counts steps taken, as in metrics.jsonl. `digest` is of the tokens of the batch (this process's part of it), so
-that the sequences can be checked against the data.
+`step` counts steps taken, as in metrics.jsonl. `digest` is computed from the tokens of the batch (process 0's part of
+the batch), so that the sequences can be checked against the data.
 """
 
 import json
@@ -58,7 +58,7 @@ def digest_tokens(tokens: np.ndarray) -> str:
 
 
 def read_log(run_dir: Path) -> list[tuple[int, dict[int, BatchRecord]]]:
-    """Return for every attempt its first step and the batch of each step; an incomplete last line is skipped."""
+    """Return `from_step` and the batch of each step, for every attempt; an incomplete last line is skipped."""
     path = run_dir / FILE
     *complete, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
     attempts: list[tuple[int, dict[int, BatchRecord]]] = []
@@ -72,7 +72,7 @@ def read_log(run_dir: Path) -> list[tuple[int, dict[int, BatchRecord]]]:
 
 
 def effective_history(attempts: Sequence[tuple[int, dict[int, BatchRecord]]]) -> dict[int, BatchRecord]:
-    """Return the batches the final state was trained on, by step: each attempt's steps up to the start of the next."""
+    """Return the batches that trained the final state, by step: each attempt's steps up to the next attempt's start."""
     steps: dict[int, BatchRecord] = {}
     for from_step, batches in attempts:
         steps = {step: batch for step, batch in steps.items() if step <= from_step} | batches

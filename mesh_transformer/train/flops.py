@@ -24,9 +24,10 @@ def count_flops(function: Callable[..., Any], *args: Any) -> float:
 def count_jaxpr_flops(jaxpr: Any) -> float:
     """Return the FLOPs of a traced program.
 
-    Shapes inside a `shard_map` are those of one device, and the body of a kernel is that of one block: both are
-    multiplied by their number. Blocks that a kernel skips (causal attention) are counted. A loop of unknown length
-    counts as one iteration. Without an expert capacity, each device's experts count the tokens of all devices.
+    Shapes inside a `shard_map` are the shapes on one device, and the body of a kernel processes one block: their FLOPs are
+    multiplied by the number of devices or blocks. Blocks that a kernel skips (causal attention) are counted. A loop of
+    unknown length counts as one iteration. Without an expert capacity, the tokens of all devices are counted for the
+    experts of each device.
     """
     total = 0.0
     for equation in jaxpr.eqns:
@@ -41,7 +42,7 @@ def count_jaxpr_flops(jaxpr: Any) -> float:
 
 
 def _ragged_flops(equation: Any) -> float:
-    """Return the FLOPs of a grouped matmul: each row is multiplied by the weight of its own group (expert) only."""
+    """Return the FLOPs of a grouped matmul: each row is multiplied only by the weight of its group (expert)."""
     numbers = equation.params["ragged_dot_dimension_numbers"]
     (contracted, _), _ = numbers.dot_dimension_numbers
     left, out = equation.invars[0].aval, equation.outvars[0].aval
@@ -51,7 +52,7 @@ def _ragged_flops(equation: Any) -> float:
 
 
 def _run_count(equation: Any) -> int:
-    """Return how many times the jaxprs inside an equation run."""
+    """Return the number of runs of the jaxprs inside an equation."""
     params = equation.params
     match equation.primitive.name:
         case "scan":
@@ -65,22 +66,23 @@ def _run_count(equation: Any) -> int:
 
 
 def _inner_jaxprs(params: dict[str, Any]) -> list[Any]:
-    """Return the jaxprs that an equation calls; of a conditional's branches, the most expensive one."""
-    found = []
+    """Return the jaxprs that an equation calls; for a conditional, only the most expensive branch."""
+    inner = []
     for name, value in params.items():
         if name == "branches":
-            found.append(max((branch.jaxpr for branch in value), key=count_jaxpr_flops))
+            inner.append(max((branch.jaxpr for branch in value), key=count_jaxpr_flops))
         elif isinstance(value, core.ClosedJaxpr):
-            found.append(value.jaxpr)
+            inner.append(value.jaxpr)
         elif isinstance(value, core.Jaxpr):
-            found.append(value)
-    return found
+            inner.append(value)
+    return inner
 
 
 def measure_matmul_peak(dtype: str, *, dim: int = 1024, seconds: float = 0.3) -> float:
-    """Return the peak FLOP/s of a dim x dim matmul, the best of the runs that fit in `seconds`; the reference of MFU.
+    """Return the peak rate of a dim x dim matmul in FLOP/s: the rate of the fastest run within `seconds`.
 
-    On accelerators the rate is multiplied by the number of devices; CPU devices share the same cores.
+    MFU is a fraction of this rate. On accelerators the rate is multiplied by the number of devices; CPU devices share the
+    same cores.
     """
     x = jnp.ones((dim, dim), dtype)
     matmul = jax.jit(jnp.matmul)

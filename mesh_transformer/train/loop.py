@@ -63,7 +63,7 @@ def train_steps(
     profile: tuple[int, int] | None = None,
     measure: MeasureFn | None = None,
 ) -> None:
-    """Run the steps from `run.step` to the last one or to a stop request; log, save and evaluate as configured."""
+    """Run the steps from `run.step` to the last step or to a stop request; log, save and evaluate as configured."""
     config, train = run.config, run.config.train
     steps = range(run.step, train.steps)
     if not steps:
@@ -113,7 +113,7 @@ def _is_due(every: int | None, done: int) -> bool:
 
 
 def _validate(run: Run, recorder: Recorder, stop: StopRequest, *, final: bool) -> None:
-    """Compute the loss of the validation sets; with `final`, of all batches, and compare general compressors."""
+    """Compute the loss of the validation sets; with `final`, use all batches and score compressors too."""
     started, step = time.perf_counter(), run.step
     size = run.config.train.batch_size
     for name, validation in run.data.validation.items():

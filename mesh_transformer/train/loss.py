@@ -20,7 +20,7 @@ from mesh_transformer.model.moe.router import RoutingStats
 
 
 class TokenLosses(NamedTuple):
-    """Sums over the tokens that the mask selects, so that the sums of microbatches add up to those of a batch."""
+    """Sums over the tokens that the mask selects, so that the sums of microbatches add up to the sums of a batch."""
 
     sum_loss: Float[Array, ""]  # cross entropy, in nats
     sum_log_z_squared: Float[Array, ""]
@@ -74,10 +74,10 @@ def chunked_cross_entropy(
     mask: Float[Array, "B T"],
     options: LossOptions,
 ) -> tuple[Float[Array, ""], TokenLosses]:
-    """Return the loss summed over the tokens, and its parts; only the first is differentiable.
+    """Return the loss summed over the tokens, and its parts; only the loss is differentiable.
 
     The sequence is scored in chunks, and the gradient of each chunk is computed with its logits, so that the logits of
-    one chunk exist at a time and none are computed twice. If the vocabulary is sharded, each device scores its own
+    one chunk exist at a time and none are computed twice. If the vocabulary is sharded, each device scores one
     shard: only three numbers per token and the sum of dx are communicated, never logits.
     """
     return _cross_entropy(x, w, b, targets, mask, options, differentiate=False)[0]
@@ -104,16 +104,16 @@ def _cross_entropy(
         return _local_cross_entropy(options, _MeshAxes(), differentiate, (x, w, b), targets, mask)
     token_spec = layout.spec(("batch", "sequence"), targets.shape, "activation [targets]")
     x_spec = layout.spec(("batch", "sequence", "activation_embed"), x.shape, "activation [hidden]")
-    # Gathered along embed, which may be sharded over the same mesh axes as the batch.
+    # The weight is gathered along embed, which may be sharded over the same mesh axes as the batch.
     w_spec = layout.spec(("activation_embed", "vocab"), w.shape, "w_head")
-    b_spec = layout.spec(("vocab",), w.shape[1:], "w_head")
+    b_spec = layout.spec(("vocab",), w.shape[1:], "b_head")
     token_axes = tuple(axis for part in token_spec for axis in axes_of(part))
     vocab_axes = tuple(axis for part in b_spec for axis in axes_of(part))
     dw_spec = layout.spec(("embed", "vocab"), w.shape, "w_head")
     embed_axes = axes_of(dw_spec[0]) if len(dw_spec) else ()
     if not set(embed_axes) <= set(token_axes):
         dw_spec, embed_axes = w_spec, ()
-    # The annotations of the tuples describe arrays, and out_specs have partition specs in their place.
+    # The annotations of the named tuples are array types, but out_specs contain partition specs: hence the casts.
     scalar = cast(Any, P())
     loss_specs = (P(), TokenLosses(scalar, scalar, scalar))
     gradient_specs = SavedGradients(*(cast(Any, spec) for spec in (x_spec, dw_spec, None if b is None else b_spec)))
@@ -180,6 +180,6 @@ def _local_cross_entropy(
     losses = (sums.sum_loss + options.z_loss * sums.sum_log_z_squared, sums)
     if dx is None:
         return losses, None
-    # Reduced once after all chunks. If the weight is sharded along embed, each device keeps its own rows.
+    # dw is reduced once, after all chunks. If w is sharded along embed, each device keeps the rows of its shard.
     dw = psum_or_scatter(dw, axes.tokens, scatter_axes=axes.embed)
     return losses, SavedGradients(dx.reshape(batch, length, d_model), dw, psum_or_scatter(db, axes.tokens))

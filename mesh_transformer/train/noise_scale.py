@@ -4,7 +4,7 @@
 
 McCandlish et al. 2018 (arXiv 1812.06162), appendix A.1. The mean gradient over a batch of b sequences has the expected
 squared norm |G|^2 + tr(S) / b, where G is the true gradient and S the covariance of one sequence's gradient. Two batch
-sizes, the microbatch (b) and the full batch (B), therefore give unbiased estimates
+sizes, the microbatch (b) and the full batch (B), therefore give the unbiased estimates
 
     |G|^2  =  (B full - b micro) / (B - b)
     tr(S)  =  (micro - full) / (1/b - 1/B)
@@ -47,8 +47,8 @@ def update_noise_scale(
 
     `micro_sq_norm` is the mean over microbatches of the squared gradient norm of a microbatch's mean loss;
     `full_sq_norm` is the squared gradient norm of the full batch's mean loss, before clipping. The batch sizes are in
-    sequences. A step where either norm is not finite leaves the averages unchanged. Raises ConfigError if both batch
-    sizes are equal.
+    sequences. A step where either norm is not finite leaves the averages unchanged. Raises ConfigError if the
+    microbatch is not smaller than the batch.
     """
     if not 0 < micro_batch_size < full_batch_size:
         raise ConfigError(

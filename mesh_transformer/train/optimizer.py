@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Optimizers as one optax chain, and the logical axes of their state.
 
-The logical axes of an array, not its name, decide how it is updated. A *matrix* has the axis "embed" (or else "latent")
-and another axis besides "layers": w_q [layers, embed, heads, head_dim] is a stack of matrices of embed x (heads head_dim),
-and a bias [layers, heads, head_dim] is not a matrix. Matrices have weight decay and factored second moments in Adafactor.
-Muon orthogonalizes the matrices that are not embeddings or the output layer.
+The logical axes of an array, not its name, decide how the array is updated. A *matrix* has the axis "embed" (or else
+"latent") and another axis besides "layers" and "expert": w_q [layers, embed, heads, head_dim] is a stack of matrices of
+embed x (heads head_dim), and a bias [layers, heads, head_dim] is not a matrix. Matrices have weight decay, and factored
+second moments in Adafactor. Muon orthogonalizes the matrices that are not embeddings, the output layer or routers.
 """
 
 import functools
@@ -45,7 +45,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, axes: Axes) -> optax.Gra
         muon       `scale_by_muon` with momentum b1 for inner matrices; adamw for embeddings, norms and biases
         sgd        m = b1 m + g
 
-    moment_dtype is the type of m. v is always float32: in bfloat16 it would not change once 1 - b2 is below half a unit
+    moment_dtype is the dtype of m. v is always float32: in bfloat16 it would not change once 1 - b2 is below half a unit
     in the last place, 2^-9. Raises ConfigError for an unknown axis in no_decay_axes.
     """
     present = {axis for leaves in axes.values() for array in leaves.values() for axis in array}
@@ -134,11 +134,11 @@ class FactoredState(NamedTuple):
 def scale_by_factored_moment(axes: Axes, *, decay: float, eps: float) -> optax.GradientTransformation:
     """Scale gradients as Adafactor does (Shazeer and Stern 2018, arXiv 1804.04235, sections 3 and 5 to 7).
 
-    v averages g^2 + eps^2 with the rate min(decay, 1 - t^-0.8), t = 1, 2, ...: algorithm 4 capped as by Zhai et al.
+    v averages g^2 + eps^2 with the rate min(decay, 1 - t^-0.8), t = 1, 2, ...: algorithm 4 with the cap of Zhai et al.
     2022 (arXiv 2106.04560). Updates g / sqrt(v) are scaled down to a root mean square of 1 over one layer's array. The
     learning rate is absolute (not relative to the parameter's size), as in AdamW.
 
-    Optax's own transformation factors the two longest dimensions of an array, which may be "layers" in a stack, or only
+    Optax's transformation factors the two longest dimensions of an array, which may be "layers" in a stack, or only
     a part of a matrix whose heads are split. Here "embed" is factored against all other axes.
     """
 
@@ -217,7 +217,7 @@ def scale_by_muon(axes: Axes, *, momentum: float, dtype: Any) -> optax.GradientT
 
 
 def _orthogonalize_array(x: Array, axes: tuple[str, ...]) -> Array:
-    """Orthogonalize every layer's matrix, and scale it to elements of root mean square 0.2."""
+    """Orthogonalize every layer's matrix, and scale it so that the root mean square of its elements is about 0.2."""
     embed, others = _dims(axes)
     stack = tuple(i for i, axis in enumerate(axes) if axis in STACK_AXES)
     order = (*stack, embed, *others)
@@ -230,7 +230,7 @@ def _orthogonalize_array(x: Array, axes: tuple[str, ...]) -> Array:
 
 
 def orthogonalize(x: Float[Array, "*stack m n"]) -> Float[Array, "*stack m n"]:
-    """Return U V^T of the singular value decomposition approximately, with singular values of 0.7 to 1.2, in float32."""
+    """Return U V^T for x = U S V^T (singular values S) approximately: with singular values of 0.7 to 1.2, in float32."""
     a, b, c = NEWTON_SCHULZ
     wide = x.shape[-2] <= x.shape[-1]
     y = x.astype(jnp.float32) if wide else jnp.swapaxes(x, -1, -2).astype(jnp.float32)
@@ -246,7 +246,7 @@ def optimizer_state_axes(opt_state: Any, params: Mapping[str, Mapping[str, Any]]
 
     `opt_state` is the state or its jax.eval_shape; `params` has an object with a shape for every array. The end of a
     leaf's path identifies it: [module][name] has the axes of that parameter, and the factors of a FactoredMoment below
-    it have the axes that are not reduced. All other leaves are scalars. Raises ValueError for any other leaf.
+    it have the axes that are not reduced. All other leaves must be scalars. Raises ValueError for a leaf of another kind.
     """
 
     def find(path: Any, leaf: Any) -> tuple[str, ...]:
@@ -268,7 +268,7 @@ def optimizer_state_axes(opt_state: Any, params: Mapping[str, Mapping[str, Any]]
 
 
 def _has_axis(field: str, axis: str, axes: tuple[str, ...]) -> bool:
-    """Return whether a factor of a FactoredMoment ("": an array of the parameter's shape) has `axis` of the parameter."""
+    """Return whether a field of FactoredMoment has the parameter's `axis`; "" stands for an array of the parameter's shape."""
     match field:
         case "over_embed":
             return axis != _first_axis(axes)
@@ -289,7 +289,7 @@ def _array_axes(path: Any, axes: Axes) -> tuple[str, ...]:
 
 
 def _dims(axes: tuple[str, ...]) -> tuple[int, tuple[int, ...]]:
-    """Return the dimension of "embed" or "latent" (-1 if there is none), and those of the axes it is factored against."""
+    """Return the dimension of "embed" or "latent" (-1 without either), and the dimensions that it is factored against."""
     first = _first_axis(axes)
     embed = axes.index(first) if first in axes else -1
     return embed, tuple(i for i, axis in enumerate(axes) if axis != first and axis not in STACK_AXES)

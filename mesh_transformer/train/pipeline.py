@@ -1,21 +1,21 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Pipeline parallelism over stages of layers: GPipe, and one forward, one backward (1F1B).
+"""Pipeline parallelism over stages of layers, with the schedules GPipe and 1F1B (one forward, one backward).
 
 P stages are sharded over the mesh axis `pipeline`, and M microbatches (train.grad_accum_steps) pass through them in
 ticks. The stages are one vmapped function whose mapped axis is sharded over `pipeline`, so tensor, context and fsdp
 parallelism, and ring attention, work inside a stage as they do without a pipeline. After a tick every activation moves
 to the next stage: 1 / (shards of batch and activation_seq) of B T D elements per device, in one collective permute.
 
-    tick of stage p     forward of microbatch m: m + p        backward of it: m + 2 (P - 1) - p
-    1f1b                P - 1 ticks of forwards, M of a forward and a backward, P - 1 of backwards
-    gpipe               M + P - 1 ticks of forwards, then as many of backwards, by automatic differentiation
+    tick of microbatch m in stage p    forward pass: m + p        backward pass in 1F1B: m + 2 (P - 1) - p
+    1f1b     P - 1 ticks with a forward pass, M ticks with both passes, P - 1 ticks with a backward pass
+    gpipe    M + P - 1 ticks with a forward pass, then as many with a backward pass, by automatic differentiation
 
 Both have the same bubble, (P - 1) / (M + P - 1) of the time. GPipe saves the residuals of all M microbatches for the
 backward pass. 1F1B saves only the stage inputs of 2 P - 1 microbatches and recomputes the layers (once more than
 model.remat does). Embedding and head belong to no stage: their matrices are sharded over `pipeline` as well, and all
-stages embed and score. Router statistics stay on their stage and are summed over its microbatches; each router loss is
-differentiated in the backward pass of its own microbatch.
+stages embed and score. Router statistics stay on the devices of their stage and are summed over the microbatches; each
+router loss is differentiated in the backward pass of its microbatch.
 """
 
 import dataclasses
@@ -64,11 +64,11 @@ class Microbatches(NamedTuple):
         return jax.tree.map(lambda x: x[jnp.clip(index, 0, x.shape[0] - 1)], self.batch)
 
     def segment_ids(self, microbatch: Batch) -> Array | None:
-        """Return the segment ids of a microbatch if documents are isolated."""
+        """Return the segment IDs of a microbatch if documents are isolated."""
         return microbatch.segment_ids if self.isolated else None
 
     def keys(self, index: Array, position: Any) -> Array | None:
-        """Return the dropout key of microbatch `index` (or of each) in the embedding (position 0) or stage position - 1."""
+        """Return the dropout key of each microbatch in `index`, for the embedding (position 0) or stage position - 1."""
         if (key := self.key) is None:
             return None
 
@@ -78,7 +78,7 @@ class Microbatches(NamedTuple):
         return jax.vmap(fold)(index, position) if index.ndim else fold(index, position)
 
     def is_active(self, index: Array) -> Array:
-        """Return whether each index is in range; other stages compute discarded values while the pipeline fills."""
+        """Return whether each index is in range; a stage with another index computes values that are discarded."""
         return (index >= 0) & (index < self.count)
 
 
@@ -94,7 +94,7 @@ class StageFns(NamedTuple):
 
 
 class SplitParams(NamedTuple):
-    """Parameters, or their gradients, divided into those of stages, those that stages share, and all others."""
+    """Parameters, or their gradients, divided into parameters of stages, parameters that stages share, and all others."""
 
     stages: Params  # of the layers of each stage, [P, L / P, ...]
     shared: Params  # used by all stages
@@ -202,7 +202,7 @@ def make_stage_fns(config: Config, *, training: bool) -> StageFns:
 
 
 def split_params(params: Params, fns: StageFns) -> SplitParams:
-    """Split parameters into those of each stage, those that stages share, and those outside the stages."""
+    """Split parameters into parameters of each stage, parameters that stages share, and all others."""
     stages = {
         module: {name: _split_stages(x, fns, module, name) for name, x in arrays.items()}
         for module, arrays in params.items()
@@ -223,7 +223,7 @@ def _merge_stages(tree: Any) -> Any:
 
 
 def _vmap_stages(function: Callable[..., Any], in_axes: tuple) -> Callable[..., Any]:
-    """Map `function` over the stages, each on its own devices."""
+    """Map `function` over the stages; each stage runs on the devices that hold its parameters."""
     return jax.vmap(function, in_axes=in_axes, spmd_axis_name="pipeline")
 
 

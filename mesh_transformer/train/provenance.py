@@ -8,7 +8,7 @@
         "git": {"commit": ..., "changed": <digest of git diff, or null>} or null}, ...]}
 
 The seed determines the initial weights, the order of the data and the dropout. Each start of the program adds an entry,
-because versions and devices may change between starts; a checkpoint's metadata holds the entry that wrote it.
+because versions and devices may change between starts; a checkpoint's metadata holds the entry of the start that saved it.
 """
 
 import collections
@@ -94,22 +94,28 @@ def diff_environments(before: Mapping[str, Any], now: Mapping[str, Any]) -> list
     changes = []
     for name in ("backend", "devices", "mesh", "processes", "xla_flags", "git"):
         if before.get(name) != now.get(name):
-            changes.append(f"{name}: was {before.get(name)}, now {now.get(name)}")
+            changes.append(f"{name}: was {_format(before.get(name))}, now {_format(now.get(name))}")
     old, new = before.get("versions", {}), now["versions"]
     changes += [
-        f"{name}: was {old.get(name)}, now {new.get(name)}" for name in {*old, *new} if old.get(name) != new.get(name)
+        f"{name}: was {old.get(name, 'not installed')}, now {new.get(name, 'not installed')}"
+        for name in {*old, *new}
+        if old.get(name) != new.get(name)
     ]
     return sorted(changes)
 
 
+def _format(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _git_state(root: Path) -> dict[str, str | None] | None:

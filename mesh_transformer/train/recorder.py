@@ -28,7 +28,7 @@ class TooManySkippedSteps(RuntimeError):
 
 
 class Recorder:
-    """Fetches step metrics, writes logs and progress, saves checkpoints, and owns the timer of the throughput."""
+    """Fetches step metrics, writes logs and progress, saves checkpoints, and measures the throughput."""
 
     def __init__(self, run: Run, log: MetricsLog, progress: Progress):
         self.run = run
@@ -77,7 +77,7 @@ class Recorder:
         return f"train.max_minutes = {limit} has been reached" if is_over else ""
 
     def save(self, *, last: bool = False) -> None:
-        """Save the state, unless its step is already saved. `last` waits until it is on disk and raises errors."""
+        """Save the state, unless its step is already saved. With `last`, wait for the end of the save and raise its errors."""
         step, started = self.run.step, time.perf_counter()
         earlier = self._saving
         self.poll_save(wait=True)

@@ -38,7 +38,7 @@ def open_replay(run_dir: Path, until: int) -> tuple[Run, list[str]]:
     if data.train.fingerprint != provenance["data_fingerprint"]:
         raise ProvenanceError(
             f"{run_dir}: data.train has the fingerprint {data.train.fingerprint}, but the run was trained on data with "
-            f"the fingerprint {provenance['data_fingerprint']}; restore that data to replay the run"
+            f"the fingerprint {provenance['data_fingerprint']}; restore the earlier data to replay the run"
         )
     store = Store(run_dir / "checkpoints", writable=False)
     at = max((step for step in store.steps() if step <= until), default=0)
@@ -65,7 +65,7 @@ def read_sharded_batch(run: Run, step: int) -> Batch:
 
 
 def replay(run: Run, until: int) -> Iterator[ReplayedStep]:
-    """Run the steps up to `until`, and yield each."""
+    """Run the steps up to `until`, and yield the result of each step."""
     for step in range(run.step, until):
         run.state, metrics = run.train_step(run.state, read_sharded_batch(run, step))
         yield ReplayedStep(step + 1, np.float32(float(metrics["loss"])))

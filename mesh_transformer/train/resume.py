@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Initial state of a run: resumed from its checkpoint, or with the weights of another one (`run.init_from`).
+"""Initial state of a run: resumed from its checkpoint, or new with the weights of another checkpoint (`run.init_from`).
 
 The `Resume` markers of the schema (config/schema.py) are the rules for fields that change when a run is resumed.
 """
@@ -12,7 +12,15 @@ import jax
 import optax
 
 from mesh_transformer.checkpoint.store import Store
-from mesh_transformer.config import Config, ConfigError, ModelConfig, config_to_dict, parse_model, parse_stored
+from mesh_transformer.config import (
+    Config,
+    ConfigError,
+    ModelConfig,
+    config_to_dict,
+    format_value,
+    parse_model,
+    parse_stored,
+)
 from mesh_transformer.config.field_types import Resume
 from mesh_transformer.config.resume_rules import resume_rule
 from mesh_transformer.convert.huggingface.text_files import MODEL_CARD
@@ -28,7 +36,7 @@ def restore_state(
     """Return the state of a checkpoint, and notes on changed fields. Raises ConfigError, CheckpointError."""
     where = f"{store.root}/step_{step}"
     meta = store.read_meta(step)
-    saved = parse_stored(meta["config"], where=where)  # fields added since then get their defaults
+    saved = parse_stored(meta["config"], where=where)  # fields added after the checkpoint get their defaults
     notes = check_resume(config_to_dict(saved), config, where)
     if meta["data_fingerprint"] != data.train.fingerprint:
         raise ConfigError(
@@ -52,7 +60,7 @@ def check_resume(saved: Mapping[str, Any], config: Config, where: str) -> list[s
             case Resume.FREE:
                 pass
             case Resume.LOGGED:
-                notes.append(f"{path} = {new!r} (was {old!r})")
+                notes.append(f"{path} = {format_value(new)} (was {format_value(old)})")
             case Resume.FIXED:
                 raise ConfigError(
                     f"the configuration has {_format_field(now, path)}, but {where} was trained with "
@@ -65,7 +73,7 @@ def check_resume(saved: Mapping[str, Any], config: Config, where: str) -> list[s
 def _format_field(flat: Mapping[str, Any], path: str) -> str:
     section = path.rpartition(".")[0]
     has_section = any(key.startswith(f"{section}.") for key in flat)
-    return f"{path} = {flat.get(path)!r}" if has_section else f"no {section}"
+    return f"{path} = {format_value(flat.get(path))}" if has_section else f"no {section}"
 
 
 def init_from(config: Config, state: TrainState, shardings: TrainState) -> tuple[TrainState, list[str]]:
@@ -103,14 +111,14 @@ def init_from(config: Config, state: TrainState, shardings: TrainState) -> tuple
 def read_carried_meta(store: Store, step: int) -> dict[str, Any]:
     """Return a converted model's metadata about special tokens and chat template; empty for other models.
 
-    The checkpoints of a run that starts from such a model keep it, for sampling and for an export, and its license. Its model
-    card does not describe the new weights.
+    The checkpoints of a run that starts from a converted model keep this metadata and the license, for sampling and export.
+    The model card is not kept, because it does not describe the new weights.
     """
     meta = store.read_meta(step)
-    found = {name: meta[name] for name in ("carried", "carried_files", "special_ids", "model_type") if name in meta}
-    if "carried_files" in found:
-        found["carried_files"] = {name: data for name, data in found["carried_files"].items() if name != MODEL_CARD}
-    return found
+    kept = {name: meta[name] for name in ("carried", "carried_files", "special_ids", "model_type") if name in meta}
+    if "carried_files" in kept:
+        kept["carried_files"] = {name: data for name, data in kept["carried_files"].items() if name != MODEL_CARD}
+    return kept
 
 
 def _is_schedule(leaf: Any) -> bool:
@@ -124,7 +132,9 @@ def _check_same_model(config: Config, saved: ModelConfig, where: str) -> None:
         old["seq_len"] = new["seq_len"]
     before, now = flatten_table({"model": old}), flatten_table({"model": new})
     if changed := [key for key in sorted(before.keys() | now.keys()) if now.get(key) != before.get(key)]:
-        differences = ", ".join(f"{key} = {now.get(key)!r} (checkpoint: {before.get(key)!r})" for key in changed)
+        differences = ", ".join(
+            f"{key} = {format_value(now.get(key))} (checkpoint: {format_value(before.get(key))})" for key in changed
+        )
         raise ConfigError(
             f"run.init_from: {where} was trained with a different [model] section: {differences}; set these fields "
             "to the checkpoint's values"

@@ -52,9 +52,8 @@ class Run:
     eval_step: Callable[[Any, Batch], TokenLosses]
     flops_per_sequence: float  # of a training step, without recomputation
     notes: list[str]  # origin of the state, for the log
-    carried: Mapping[
-        str, Any
-    ]  # metadata of the converted model that the run was started from (run.init_from), or empty
+    # Metadata of the converted model from which the run was started (run.init_from), or empty.
+    carried: Mapping[str, Any]
     environment: Mapping[str, Any]  # versions, devices and commit of this start of the program (provenance.py)
 
     @property
@@ -77,7 +76,7 @@ class Run:
         return sorted({row for index in slices if index is not None for row in range(size)[index[0]]})
 
     def shard_batch(self, batch: Batch, size: int) -> Batch:
-        """Return a batch of `size` sequences as global arrays on the mesh, from this process's `local_rows` of it."""
+        """Return a batch of `size` sequences as global arrays on the mesh; `batch` has this process's `local_rows`."""
         sharding = self._batch_sharding(size)
         rows = self.local_rows(size)
 
@@ -181,16 +180,16 @@ def check_batches(config: Config, layout: MeshLayout) -> None:
 
 
 def _check_processes_agree(config: Config, data: Data) -> None:
-    """Raise ConfigError if the configuration or data of a process differs from that of process 0."""
+    """Raise ConfigError if a process has another configuration or other data than process 0."""
     table = flatten_table(config_to_dict(config))
-    own = json.dumps({key: value for key, value in table.items() if not key.startswith("mesh.process")})
-    tables = [json.loads(text) for text in gather("configuration", own)]
+    local_text = json.dumps({key: value for key, value in table.items() if not key.startswith("mesh.process")})
+    tables = [json.loads(text) for text in gather("configuration", local_text)]
     first = tables[0]
     for process, other in enumerate(tables):
         if changed := [key for key in sorted(first | other) if first.get(key) != other.get(key)]:
             raise ConfigError(
-                f"process {process} has {changed[0]} = {other.get(changed[0])!r}, but process 0 has "
-                f"{first.get(changed[0])!r}; start all processes with the same configuration"
+                f"process {process} has {changed[0]} = {json.dumps(other.get(changed[0]))}, but process 0 has "
+                f"{json.dumps(first.get(changed[0]))}; start all processes with the same configuration"
             )
     fingerprints = gather("data", data.train.fingerprint)
     for process, fingerprint in enumerate(fingerprints):

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The run folder: a local folder, or a folder of an object store with a local mirror.
 
-Checkpoints are written to the object store directly. Files that grow line by line cannot be: metrics, configuration and
+Checkpoints are written to the object store directly. An object cannot grow line by line, so metrics, configuration and
 report are written into the mirror, <cache_dir>/runs/<digest of the URL>/<name>/, and uploaded by a thread at every
 checkpoint, every minute, and at the end. A run that resumes on another machine downloads them; on the same machine,
 a mirrored file that continues the stored one is kept. An unreachable store is reported and retried, and does not stop
@@ -29,8 +29,8 @@ CHECKPOINTS = "checkpoints"
 class RunFolder:
     """The folder of a run, used as `with RunFolder(config, report) as folder:`.
 
-    `location` is run.dir, and `path` is the local folder of its files: the same, or the mirror of an object store.
-    Only process 0 writes into it. `report` receives a message when the store cannot be reached.
+    `location` is run.dir, and `path` is the local folder of its files: `location`, or the mirror of an object store.
+    Only process 0 writes into `path`. `report` receives a message when the store cannot be reached.
     """
 
     def __init__(self, config: Config, report: Callable[[str], None]):
@@ -93,7 +93,8 @@ class RunFolder:
                 is_failing = False
             except (CheckpointError, OSError) as error:
                 if not is_failing or is_last:
-                    self._report(f"{error}; the upload will be retried, and the files are in {self.path}")
+                    advice = f"copy the files from {self.path}" if is_last else "the upload will be retried"
+                    self._report(f"{error}; {advice}")
                 is_failing = True
 
     def _upload(self, store: ObjectStoreBackend) -> None:

@@ -18,8 +18,8 @@ MAX_RAMP_SIZES = 16  # a training step is compiled for each batch size
 def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
     """Return the learning rate of step t = 0, 1, ... as a float32 scalar; can be jitted.
 
-    With P = learning_rate, E = end_learning_rate, W = warmup_steps and D = decay_steps, and a(x) = x clipped to [0, 1], all
-    but "gptj" are a(t / W) (1 if W = 0) times the following, or from step W on equal to it:
+    With P = learning_rate, E = end_learning_rate, W = warmup_steps, D = decay_steps, and a(x) = x clipped to [0, 1], every
+    schedule except "gptj" is P t / W in the warm-up (t < W), and then:
 
         cosine        E + (P - E) (1 + cos(pi a((t - W) / D))) / 2      D: steps - W unless set
         linear        P - (P - E) a((t - W) / D)                        D: steps - W unless set
@@ -27,12 +27,13 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Schedule:
         inverse-sqrt  max(E, P sqrt(max(W, 1) / t))
         constant      P
 
-    and "gptj" is mesh-transformer-jax's
+    The schedule "gptj" of mesh-transformer-jax is
 
         a(t / W) P - (P - E) (1 - cos(pi a((t - W) / D))) / 2           D: steps - W unless set
 
-    With a warm-up, step 0 has the rate 0, and step W is the first at the peak. wsd (warm-up, stable, decay) is that of Hu et
-    al. 2024 (MiniCPM) with the linear decay and the 10 to 20 % of Haegele et al. 2024 (arXiv 2405.18392).
+    With a warm-up, step 0 has the rate 0, and step W is the first at the peak. wsd (warm-up, stable, decay) is the
+    schedule of Hu et al. 2024 (MiniCPM), with the linear decay over 10 to 20 % of the steps of Haegele et al. 2024 (arXiv
+    2405.18392).
     Raises ConfigError for a field that the schedule does not use.
     """
     peak, end, warmup = config.learning_rate, config.end_learning_rate, config.warmup_steps
@@ -104,9 +105,9 @@ def _decay_steps(config: OptimizerConfig, steps: int) -> int:
 def batch_ramp(train: TrainConfig) -> list[tuple[int, int]]:
     """Return (first step, batch size in sequences) of every phase of the run; one phase without a ramp.
 
-    With F = batch_ramp_from and n = batch_size / F, the sizes are F m, where m increases from 1 to n in equal strides,
-    rounded down to integers: all n of them, or 16 if there are more. Phase i of the r sizes starts at step
-    ceil(i batch_ramp_steps / (r - 1)). The growth is linear, from F at step 0 to batch_size at batch_ramp_steps (GPT-3,
+    With F = batch_ramp_from and n = batch_size / F, the ramp has r = min(n, 16) sizes F m, where m increases from 1 to n in
+    equal strides, rounded down to integers. Size i = 0, ..., r - 1 is used from step ceil(i batch_ramp_steps / (r - 1)). The
+    growth is linear, from F at step 0 to batch_size at batch_ramp_steps (GPT-3,
     arXiv 2005.14165, appendix B). A multiple of F is divisible by the same numbers of microbatches and devices as F.
     """
     if train.batch_ramp_from is None or train.batch_ramp_from == train.batch_size:
@@ -126,7 +127,7 @@ def batch_size_at(train: TrainConfig, step: int) -> int:
 
 
 def first_sequence(train: TrainConfig, step: int) -> int:
-    """Return the exact number of sequences in all batches before `step`: the index of its first sequence."""
+    """Return the exact number of sequences in all batches before `step`: the index of the step's first sequence."""
     _check_step(step)
     phases = batch_ramp(train)
     ends = [first for first, _ in phases[1:]] + [max(step, phases[-1][0])]

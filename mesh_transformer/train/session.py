@@ -41,7 +41,7 @@ def train_config(
     profile: tuple[int, int] | None = None,
     measure: MeasureFn | None = None,
 ) -> AnyPath:
-    """Train a configuration with display, metrics and report, and return the run folder.
+    """Train as configured, with progress display, metrics and report, and return the run folder.
 
     `restart` renames the folder of an earlier run, `profile` gives the steps to trace, and `measure` runs evaluation tasks.
     Raises the errors of `open_data`, `open_run` and `train`.

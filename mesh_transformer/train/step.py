@@ -124,7 +124,7 @@ def make_eval_step(config: Config) -> Callable[[Params, Batch], TokenLosses]:
 
 
 def model_inputs(config: Config, batch: Batch) -> dict[str, Any]:
-    """Return the model's inputs besides tokens: encoder tokens; positions and segment ids if documents are isolated.
+    """Return the model's inputs besides tokens: encoder tokens; positions and segment IDs if documents are isolated.
 
     Without isolated documents the model uses its defaults, which need no memory.
     """
@@ -175,7 +175,7 @@ def make_gradients(config: Config) -> Callable[[Params, Batch, Array | None], Gr
         return total / tokens + router_losses(config.model, sums.routing) / n_microbatches, sums
 
     def gradients(params: Params, batch: Batch, key: Array | None) -> Gradients:
-        tokens = jnp.sum(batch.mask)  # of the whole batch, so that microbatches sum to its mean whatever their masks
+        tokens = jnp.sum(batch.mask)  # of the whole batch, so that the microbatch losses sum to the mean over the batch
         if config.mesh.pipeline > 1 and config.mesh.pipeline_schedule == "1f1b":
             grads, sums = pipeline_gradients(
                 config, params, _make_microbatches(config, batch, key, training=True), tokens
@@ -234,11 +234,11 @@ def _update_guard(
     guard: SkipGuard, is_good: Bool[Array, ""], loss: Float[Array, ""], grad_norm: Float[Array, ""]
 ) -> SkipGuard:
     index = guard.accepted % GUARD_WINDOW
-    one = is_good.astype(jnp.int32)
+    accepted = is_good.astype(jnp.int32)
     return SkipGuard(
-        skipped=guard.skipped + 1 - one,
+        skipped=guard.skipped + 1 - accepted,
         in_a_row=jnp.where(is_good, 0, guard.in_a_row + 1),
-        accepted=guard.accepted + one,
+        accepted=guard.accepted + accepted,
         losses=guard.losses.at[index].set(jnp.where(is_good, loss, guard.losses[index])),
         grad_norms=guard.grad_norms.at[index].set(jnp.where(is_good, grad_norm, guard.grad_norms[index])),
     )

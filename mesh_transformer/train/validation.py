@@ -36,11 +36,11 @@ def validate(
     should_stop: Callable[[], bool] = lambda: False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ValidationScore | None:
-    """Compute the loss of the first `max_batches` batches (default: all); return None if `should_stop` before the end.
+    """Compute the loss of the first `max_batches` batches (default: all); return None if `should_stop()` is true.
 
-    Sums stay on the devices until the end. Bits per byte are the bits of all tokens, including end-of-text tokens, per
-    byte of text; for a part of a set, its bytes are estimated in proportion to its tokens. `score_batch` receives the
-    `rows` of each batch that this process reads (None: all) and returns sums over all processes.
+    The sums of the batches stay on the devices until the end. Bits per byte are the bits of all tokens, including
+    end-of-text tokens, per byte of text; for a part of a set, the bytes are estimated in proportion to the tokens.
+    `score_batch` receives the `rows` of each batch that this process reads (None: all) and returns sums over all processes.
     """
     total = min(validation.n_batches, max_batches or validation.n_batches)
     sums: list[TokenLosses] = []
@@ -66,19 +66,19 @@ def validate(
 
 
 def compressed_bits_per_byte(text: bytes, should_stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
-    """Return bits per byte of `gzip -9` and `xz -9` on the whole text; empty above 64 MB, or if `should_stop`."""
+    """Return bits per byte of `gzip -9` and `xz -9` on the whole text; empty above 64 MB, or if `should_stop()` is true."""
     if not text or len(text) > MAX_COMPRESSED_BYTES:
         return {}
-    found = {}
+    bits_per_byte = {}
     tools = {
-        "gzip": zlib.compressobj(9, zlib.DEFLATED, 31),
+        "gzip": zlib.compressobj(9, zlib.DEFLATED, 31),  # 31: with a gzip header
         "xz": lzma.LZMACompressor(preset=9),
-    }  # 31: with a gzip header
+    }
     for name, tool in tools.items():
-        size = 0
+        n_bytes = 0
         for start in range(0, len(text), COMPRESS_BYTES):
             if should_stop():
                 return {}
-            size += len(tool.compress(text[start : start + COMPRESS_BYTES]))
-        found[f"{name}_bits_per_byte"] = 8 * (size + len(tool.flush())) / len(text)
-    return found
+            n_bytes += len(tool.compress(text[start : start + COMPRESS_BYTES]))
+        bits_per_byte[f"{name}_bits_per_byte"] = 8 * (n_bytes + len(tool.flush())) / len(text)
+    return bits_per_byte

@@ -335,7 +335,8 @@ def peak_memory() -> float:
 
 # Number of tasks of the stages whose number of tasks does not grow with the input.
 MAX_TASKS = {"match-bands": 14, "removals": 1, "shards": 1}
-STAGES_PER_DOCUMENT = ("match-bands", "match-exact", "removals")  # their time grows with documents, not bytes
+# Stages whose time grows with the number of documents instead of bytes.
+STAGES_PER_DOCUMENT = ("match-bands", "match-exact", "removals")
 
 
 def project(builds: list[Row]) -> list[Row]:

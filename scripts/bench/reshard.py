@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         root = Path(temporary)
         make_model_folder(root / "huggingface", options.layers, FP8 if options.fp8 else "float32")
-        first = [(FORMATS[0], target) for target in FORMATS[1:]]  # these results are the sources of the other pairs
+        first = [(FORMATS[0], target) for target in FORMATS[1:]]  # writes the sources of the other pairs
         pairs = [*first, *(pair for pair in itertools.product(FORMATS, FORMATS) if pair not in first)]
         if options.fp8:
             pairs = first[:1]

@@ -88,7 +88,7 @@ class Attempt:
     """One training process, from its start to its end."""
 
     process: ForkServerProcess
-    log: Path  # its stdout and stderr
+    log: Path  # stdout and stderr of the process
     started: float  # time.monotonic()
     samples: list[MemorySample] = dataclasses.field(default_factory=list)
 

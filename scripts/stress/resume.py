@@ -128,7 +128,7 @@ def parse_axes(text: str) -> list[str]:
 
 
 def format_result(result: Result, other_mesh: bool) -> str:
-    """Return the result as lines of text."""
+    """Return the counts and problems of a stress test as lines of text."""
     lines = [
         f"{result.runs} interrupted runs: {result.kills} kills, {result.in_save} of them during a save; "
         f"{result.stops} stops, the slowest took {result.slowest_stop:.1f} s",

@@ -127,7 +127,7 @@ def format_counts(counts: dict[str, int]) -> str:
 
 
 def format_result(result: Result) -> str:
-    """Return the result as lines of text."""
+    """Return the counts and problems of a stress test as lines of text."""
     growth = max(result.growth, default=0.0)
     shown = [result.memory[i * (len(result.memory) - 1) // 9] for i in range(10)] if result.memory else []
     lines = [

@@ -169,7 +169,7 @@ def test_mail_agrees_with_the_standard_library(tmp_path, read_one):
         ("text", "a.txt", b"PK\x03\x04\0\0rest", 0, "a.txt: contains NUL bytes: a binary file"),
         ("text", "a.txt", b"caf\xe9\n", 0, "a.txt:1: byte 3 .0xe9. is not valid UTF-8"),
         ("text", "a.txt.gz", gzip.compress(b"x" * 99_999)[:-20], 0, "a.txt.gz: truncated archive"),
-        ("jsonl", "a.jsonl", b'{"text": "good"}\n{"text": 3}\n{"te', 1, "a.jsonl:2: 'text' is int, expected a string"),
+        ("jsonl", "a.jsonl", b'{"text": "good"}\n{"text": 3}\n{"te', 1, "a.jsonl:2: 'text' is a number, expected a string"),
         ("jsonl", "a.jsonl.gz", bytes(FLIPPED), 0, "a.jsonl.gz: damaged archive .*; the whole file is skipped"),
         ("jsonl", "a.txt", b"x", 0, "a.txt: unexpected file extension '.txt' for kind jsonl"),
         ("mbox", "a.mbox", b"From a\nSubject: x\nContent-Type: image/png\n\nabc\n", 0, "a.mbox:1: the mail message has no text"),

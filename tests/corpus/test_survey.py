@@ -8,7 +8,7 @@ from invented_text import prose
 pytest.importorskip("datatrove")
 from mesh_transformer.corpus.build import build_corpus
 from mesh_transformer.corpus.stages import Executor
-from mesh_transformer.corpus.survey import SAMPLE, find_sentences, find_topics, measure_profanity
+from mesh_transformer.corpus.survey import SAMPLE_DOCUMENTS, find_sentences, find_topics, measure_profanity
 
 
 def test_sentences_with_pronouns():
@@ -65,7 +65,7 @@ def test_profanity_and_topics_are_found_deterministically():
 
 
 def test_samples_are_bounded_and_do_not_depend_on_parts(tmp_path, write_texts, make_recipe):
-    folder = write_texts("a", [f"text {i} " + prose(i, 600) for i in range(SAMPLE + 50)])
+    folder = write_texts("a", [f"text {i} " + prose(i, 600) for i in range(SAMPLE_DOCUMENTS + 50)])
     surveys = []
     for part_mb in (1, 2):
         recipe = make_recipe(
@@ -78,4 +78,4 @@ def test_samples_are_bounded_and_do_not_depend_on_parts(tmp_path, write_texts, m
         surveys.append(corpus.survey)
         assert len(corpus.parts) == 3 - part_mb
     assert surveys[0] == surveys[1]
-    assert surveys[0]["profanity"]["a"]["sentences"] >= SAMPLE
+    assert surveys[0]["profanity"]["a"]["sentences"] >= SAMPLE_DOCUMENTS

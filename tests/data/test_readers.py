@@ -100,7 +100,7 @@ BAD = [
         1,
     ),
     Bad("nulltext.jsonl", lines({"text": None}, GOOD), ":1", "not text", "'text' is null, expected a string", 1),
-    Bad("listtext.jsonl", lines(GOOD, GOOD, {"text": ["a"]}), ":3", "not text", "'text' is list, expected", 2),
+    Bad("listtext.jsonl", lines(GOOD, GOOD, {"text": ["a"]}), ":3", "not text", "'text' is a list, expected", 2),
     Bad("nul.jsonl", lines(GOOD, {"text": "a\nb\0c"}), ":2", "NUL", "character 3 (line 2", 1),
     Bad("raw_nul.jsonl", lines(GOOD, b"\0" * 512 + b"\n", GOOD), ":2", "broken JSON", "column 1", 2),
     Bad("nul.txt", b"\0" * 4096, "", "NUL", "binary or damaged", 0),
@@ -342,7 +342,7 @@ def test_parquet(tmp_path: Path) -> None:
     assert count.counts == {"not text": 1, "empty text": 1, "NUL": 1}
     with pytest.raises(DataError, match="no column 'body'; set text_key to one of the columns: 'id', 'text'"):
         list(read_documents(file, text_key="body"))
-    with pytest.raises(DataError, match=r"a\.parquet:1: 'id' is int, expected a string"):
+    with pytest.raises(DataError, match=r"a\.parquet:1: 'id' is a number, expected a string"):
         list(read_documents(file, text_key="id"))
 
 

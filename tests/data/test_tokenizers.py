@@ -536,7 +536,7 @@ def test_unusable_files(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\xff")
     with pytest.raises(TokenizerError, match=r"tokenizer\.model: not valid JSON.*give a tokenizer\.json"):
         load_tokenizer(tmp_path / "tokenizer.model")
-    with pytest.raises(TokenizerError, match="checkpoint: the stored tokenizer has type 'words'"):
+    with pytest.raises(TokenizerError, match='checkpoint: the stored tokenizer has type "words"'):
         tokenizer_from_json({"type": "words"})
 
 

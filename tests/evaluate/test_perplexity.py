@@ -77,7 +77,7 @@ def test_components_limits_and_fractions(scorer):
     assert [whole[name].documents for name in ("part 0", "part 1")] == [8, 8]
     first = score_documents(scorer, DEFAULTS, documents, limit=2)
     assert first["part 1"].n_bytes == sum(len(documents[i][1].text.encode()) for i in (1, 3))
-    assert first["part 1"].size == whole["part 1"].size
+    assert first["part 1"].n_total_bytes == whole["part 1"].n_total_bytes
     part = score_documents(scorer, DEFAULTS, documents, fraction=0.6)
     picked = sum(is_sampled(document.name, 0.6) for _, document in documents)
     assert 0 < picked < len(documents)
@@ -152,7 +152,9 @@ def test_wikitext_2_is_restored(name, n_words, articles):
 
 
 def test_word_perplexity_divides_the_loss_by_the_original_words():
-    results = wikitext_results(TextScore(negative_logprob=20.0, tokens=10, n_bytes=40, documents=1, size=40), n_words=5)
+    results = wikitext_results(
+        TextScore(negative_logprob=20.0, tokens=10, n_bytes=40, documents=1, n_total_bytes=40), n_words=5
+    )
     assert results["word_perplexity"] == pytest.approx(math.exp(4))
     assert results["token_perplexity"] == pytest.approx(math.exp(2))
 

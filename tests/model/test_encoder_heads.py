@@ -177,7 +177,7 @@ def test_context_parallelism_needs_the_dense_kernel():
         (dict(causal=True), "n_token_types=2 requires causal=false"),
         (dict(pooler=False), "n_labels=3 requires pooler=true"),
         (dict(tied_embeddings=False), 'head="masked-lm" requires tied_embeddings=true'),
-        (dict(d_embedding=16, head="lm"), 'd_embedding=16 requires head="masked-lm" or "none"'),
+        (dict(d_embedding=16, head="lm"), 'd_embedding=16 requires head="masked-lm" or "none", not "lm"'),
         (dict(position_padding_token=0), 'position_padding_token=0 requires positions="learned" and position_offset=1'),
         (
             dict(shared_layers=True, experts=ExpertsConfig(n_experts=2)),

@@ -174,7 +174,7 @@ def test_int8_weights_are_close(programs):
         ([[4, -1]], r"got tokens of -1 to 4"),
         (EncoderInputs(*np.full((3, 1, 2), 2)), r"got attention_mask of 2 to 2; the values of this model are 0\.\.1"),
         (EncoderInputs(*np.ones((2, 1, 2), int), np.full((1, 2), 2)), "got token_types of 2 to 2"),
-        (EncoderInputs(*np.ones((2, 1, 2), int), np.zeros((1, 3), int)), r"must have one shape \[batch, seq_len\]"),
+        (EncoderInputs(*np.ones((2, 1, 2), int), np.zeros((1, 3), int)), r"must have the same shape \[batch, length\]"),
         (EncoderInputs(np.ones((1, 2), int), *np.zeros((2, 1, 2), int)), "sequence 0 is padding only"),
     ],
 )

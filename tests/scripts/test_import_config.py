@@ -129,7 +129,7 @@ REJECTED = {
     "neither JSON nor YAML": ("num-layers: [3\n", "old.json:2: neither JSON nor YAML"),
     "list": ("[1]", "expected a mapping of keys to values at the top level, but it is a list"),
     "cores": ({**GPT_J, "tpu_size": 12}, "tpu_size = 12 is not a multiple of cores_per_replica = 8; set --devices"),
-    "norm": ({**GPT_J, "norm": "batchnorm"}, "norm = 'batchnorm' or pe = 'rotary' is not supported"),
+    "norm": ({**GPT_J, "norm": "batchnorm"}, 'norm = "batchnorm" or pe = "rotary" is not supported'),
     "heads": ({**GPT_J, "n_heads": 3}, "d_model=4096 is not a multiple of n_heads=3"),
 }
 

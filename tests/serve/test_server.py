@@ -195,7 +195,12 @@ def test_structured_output(server):
         (dict(prompt="a", logit_bias={"257": 1}), "logit_bias", "vocabulary is 0..256"),
         (dict(prompt="a", logit_bias={"-1": 1}), "logit_bias", "pattern"),
         (dict(prompt="a", guided_regex="(["), "guided_regex", "unclosed"),
-        (dict(prompt="a", response_format=dict(type="json_schema")), "response_format", "json_schema"),
+        (dict(prompt="a", response_format=dict(type="json_schema")), "response_format", "requires json_schema; add it"),
+        (
+            dict(prompt="a", response_format=dict(type="text", json_schema=dict(schema={}))),
+            "response_format",
+            'not "text"; change type, or remove json_schema',
+        ),
         (dict(prompt=[]), "prompt", "a list of token ids"),
         (dict(prompt=[[]]), "prompt", "a list of token ids"),
         (dict(prompt=["a", 1]), "prompt", "a list of token ids"),

@@ -56,7 +56,7 @@ def test_contents_of_recipe_json(run_dir):
     assert len(provenance["data_fingerprint"]) == 16
     other = {**start, "devices": {"TPU v4": 8}, "versions": {**start["versions"], "jax": "0.1"}}
     assert diff_environments(other, start) == [
-        "devices: was {'TPU v4': 8}, now {'cpu': 8}",
+        'devices: was {"TPU v4": 8}, now {"cpu": 8}',
         f"jax: was 0.1, now {start['versions']['jax']}",
     ]
     assert diff_environments(start, dict(start)) == []

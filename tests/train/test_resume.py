@@ -56,7 +56,7 @@ def test_changed_training_fields_are_logged():
             r"has model\.n_layers = 3, but .*step_10 was trained with model\.n_layers = 2; .*--restart",
         ),
         (dict(train=dict(batch_size=16)), r"train\.batch_size = 16, but .* train\.batch_size = 8"),
-        (dict(optimizer=dict(name="lion")), r"optimizer\.name = 'lion', but .* optimizer\.name = 'adamw'"),
+        (dict(optimizer=dict(name="lion")), r'optimizer\.name = "lion", but .* optimizer\.name = "adamw"'),
         (dict(model=dict(experts=dict(n_experts=4))), r"has model\.experts\.\w+ = .*, but .* no model\.experts; "),
     ],
     ids=str,

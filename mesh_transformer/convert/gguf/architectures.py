@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Architectures of llama.cpp: translate their metadata and tensor names to and from a Hugging Face family.
 
-llama.cpp's conversion/*.py has the changes of tensors. Each entry of ARCHITECTURES names the families whose readers and
-writers of config.json complete the translation.
+The source for the changes to tensors is llama.cpp's conversion/*.py. Each entry of ARCHITECTURES names the families whose
+readers and writers of config.json complete the translation.
 """
 
 import functools
@@ -31,12 +31,13 @@ from mesh_transformer.storage.errors import CheckpointError
 
 TOKEN_TYPES = "token_types.weight"
 TOKEN_EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
-GEMMA2_27B_LAYERS = 46  # llama.cpp recognizes the model with another attention scale by its number of layers
+# llama.cpp recognizes the 27B models, whose attention scale is different, by their number of layers.
+GEMMA2_27B_LAYERS = 46
 GEMMA3_27B_LAYERS = 62
 OLMO_EPSILON = 1e-5  # of OLMo's norms, which have no parameters
 Q_BIAS = "blk.0.attn_q.bias"
 Q_NORM = "blk.0.attn_q_norm.weight"
-GEMMA3_PERIOD = 6  # the last of so many layers has full attention
+GEMMA3_PERIOD = 6  # layers; the last layer of each period has full attention
 
 
 def read_config(values: Mapping[str, Any], tensors: Tensors, where: object) -> Table:
@@ -67,14 +68,14 @@ def read_config(values: Mapping[str, Any], tensors: Tensors, where: object) -> T
 def write_config(table: Mapping[str, Any]) -> Table:
     """Return the metadata for a config.json. Raise CheckpointError if its family has no entry in ARCHITECTURES."""
     kind = table["model_type"]
-    found = [name for name, architecture in ARCHITECTURES.items() if kind in architecture.families]
-    if not found:
+    names = [name for name, architecture in ARCHITECTURES.items() if kind in architecture.families]
+    if not names:
         raise CheckpointError(
             f"models of model_type {kind!r} cannot be written as GGUF; supported: "
             + ", ".join(family for architecture in ARCHITECTURES.values() for family in architecture.families)
             + "; export the model with --format huggingface"
         )
-    (name,) = found
+    (name,) = names
     architecture = ARCHITECTURES[name]
     config = dict(table)
     values = {key: config[external] for key, external in architecture.keys.items() if config.get(external) is not None}
@@ -87,7 +88,7 @@ def make_family(kind: str, name: str) -> Family:
     """Return a family of transformers with the tensor names and layouts of an architecture of llama.cpp."""
     mappings = {weight: _rename(mapping, name) for weight, mapping in FAMILIES[kind].mappings.items()}
     known = {weight: mapping for weight, mapping in mappings.items() if mapping is not None}
-    known |= ARCHITECTURES[name].own
+    known |= ARCHITECTURES[name].mappings
     return FAMILIES[kind]._replace(
         mappings=known, prefix="", buffers=(), copies=(), bias_copies=(), needs_copies=False, variant=None
     )
@@ -106,10 +107,10 @@ def _rename(mapping: TensorMapping, name: str) -> TensorMapping | None:
     """
     module, _, kind = mapping.name.rpartition(".")
     module = module.removeprefix("bert.")
-    found = _name_map(name)(module.replace(".{e}", "").replace("{i}", "0"))
-    if found is None and mapping.shared_name:
+    renamed = _name_map(name)(module.replace(".{e}", "").replace("{i}", "0"))
+    if renamed is None and mapping.shared_name:
         return _rename(mapping._replace(name=mapping.shared_name, shared_name=""), name)
-    if found is None:
+    if renamed is None:
         return None
     groups = [group for group in parse_pattern(mapping.pattern) if group != ["1"]]  # the converter squeezes tensors
     if kind == "weight" and module.endswith(ARCHITECTURES[name].transposed or ("\0",)):
@@ -118,7 +119,7 @@ def _rename(mapping: TensorMapping, name: str) -> TensorMapping | None:
         groups.insert(0, ["expert"])
     ordered = [sorted(group, key=lambda word: not word.isdigit()) for group in groups]
     pattern = " ".join(f"({' '.join(group)})" if len(group) > 1 else group[0] for group in ordered)
-    full = f"{found.replace('blk.0.', 'blk.{i}.')}.{kind}"
+    full = f"{renamed.replace('blk.0.', 'blk.{i}.')}.{kind}"
     return TensorMapping(full, pattern, mapping.component, split=mapping.split)
 
 
@@ -174,8 +175,11 @@ def _read_gemma3(metadata: Metadata, table: Table, tensors: Tensors) -> None:
 
 
 def _repeat_windows(period: int, n_layers: int) -> list[bool]:
-    """Return which layers have a window: all but the last of each period."""
-    return [bool((i + 1) % period) for i in range(n_layers)]
+    """Return for each layer whether it has a window: True except for the last layer of each period.
+
+    With a period of 0, all layers have a window, as in llama.cpp.
+    """
+    return [period == 0 or bool((i + 1) % period) for i in range(n_layers)]
 
 
 def _write_gemma3(config: Table, values: Table) -> None:
@@ -224,7 +228,7 @@ def _read_gpt_oss(metadata: Metadata, table: Table, tensors: Tensors) -> None:
     table["layer_types"] = [kinds[i % 2] for i in range(table["num_hidden_layers"])]
     table["attention_bias"] = Q_BIAS in tensors
     if table["rope_parameters"]["rope_type"] == "yarn":
-        table["rope_parameters"]["truncate"] = False  # as in all published models; the metadata does not say
+        table["rope_parameters"]["truncate"] = False  # as in all published models; the metadata has no key for it
 
 
 def _write_gpt_oss(config: Table, values: Table) -> None:
@@ -236,7 +240,7 @@ def _read_stablelm(metadata: Metadata, table: Table, tensors: Tensors) -> None:
     d_head = read_heads(metadata, table)
     read_rope(metadata, table, tensors, d_head)
     table["rope_parameters"]["partial_rotary_factor"] = metadata.get("rope.dimension_count", d_head) / d_head
-    # llama.cpp computes what the tensors are there for, whatever the key says
+    # llama.cpp ignores the key: the residual is parallel if the feed-forward norm is missing
     table["use_parallel_residual"] = "blk.0.ffn_norm.weight" not in tensors
     table |= {"use_qkv_bias": Q_BIAS in tensors, "qk_layernorm": Q_NORM in tensors}
     del table["head_dim"]
@@ -264,7 +268,7 @@ def _read_cohere(metadata: Metadata, table: Table, tensors: Tensors) -> None:
 
 def _read_bert(metadata: Metadata, table: Table, tensors: Tensors) -> None:
     metadata.require("attention.causal", False)
-    metadata.get("pooling_type")  # of sentence embeddings, after the model
+    metadata.get("pooling_type")  # read and ignored: the native model has no pooling of sentence embeddings
     if (types := tensors.get(TOKEN_TYPES)) is not None:
         table["type_vocab_size"] = types.shape[0]
 
@@ -353,8 +357,9 @@ GPT2 = {
 SILU = {"hidden_act": "silu"}
 GEMMA_IMPLIED = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False}
 WITHOUT_BIAS = SILU | {"attention_bias": False}
+# Every layer has experts.
 ALL_EXPERTS = SILU | {"use_sliding_window": False, "decoder_sparse_step": 1, "mlp_only_layers": []}
-# Normalized for each head, in one tensor for all of them
+# Each head is normalized separately; one tensor has the scales of all heads.
 HEAD_NORMS = {
     f"attention/norm_{x}/scale": TensorMapping(f"blk.{{i}}.attn_{x}_norm.weight", f"{heads} head_dim")
     for x, heads in (("q", "heads"), ("k", "kv_heads"))
@@ -400,10 +405,10 @@ ARCHITECTURES = {
         _read_starcoder2,
         _write_llama,
     ),
-    "stablelm": Architecture(("stablelm",), STABLELM, SILU, _read_stablelm, _write_stablelm, own=HEAD_NORMS),
+    "stablelm": Architecture(("stablelm",), STABLELM, SILU, _read_stablelm, _write_stablelm, mappings=HEAD_NORMS),
     "olmo": Architecture(("olmo",), OLMO, WITHOUT_BIAS, _read_olmo, _write_olmo, pairs=True),
     "olmo2": Architecture(("olmo2",), LLAMA, WITHOUT_BIAS, _read_llama, _write_llama),
-    "gpt-oss": Architecture(("gpt_oss",), GPT_OSS, SILU, _read_gpt_oss, _write_gpt_oss, own=GPT_OSS_TENSORS),
+    "gpt-oss": Architecture(("gpt_oss",), GPT_OSS, SILU, _read_gpt_oss, _write_gpt_oss, mappings=GPT_OSS_TENSORS),
     "bert": Architecture(
         ("bert",),
         SIZES | {"attention.layer_norm_epsilon": "layer_norm_eps"},

@@ -21,7 +21,7 @@ from mesh_transformer.storage.paths import AnyPath
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
-MAX_ENTRIES = 1 << 26  # of a table or an array; more means that the file is damaged
+MAX_ENTRIES = 1 << 26  # of a table or an array; a larger number means that the file is damaged
 MAX_DIMS = 4
 NUMBERS = {
     GGUFValueType.UINT8: "<u1", GGUFValueType.INT8: "<i1", GGUFValueType.UINT16: "<u2", GGUFValueType.INT16: "<i2",
@@ -42,8 +42,8 @@ class TensorInfo(NamedTuple):
     @property
     def row_bytes(self) -> int:
         """Size of one row, the values of the last dimension, in bytes."""
-        block, size = GGML_QUANT_SIZES[self.type]
-        return self.shape[-1] // block * size
+        block, block_bytes = GGML_QUANT_SIZES[self.type]
+        return self.shape[-1] // block * block_bytes
 
     @property
     def nbytes(self) -> int:
@@ -60,7 +60,7 @@ class GGUFFile(NamedTuple):
 
 
 def find_files(folder: AnyPath) -> list[AnyPath]:
-    """Return the GGUF files of a folder, of split files only the first."""
+    """Return the GGUF files of a folder; of a set of split files, only the first."""
     files = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".gguf")), key=lambda entry: entry.name)
     names = [SPLIT_NAME.fullmatch(file.name) for file in files]
     return [file for file, name in zip(files, names, strict=True) if name is None or int(name[2]) == 1]
@@ -97,7 +97,7 @@ def _split_paths(path: AnyPath) -> list[AnyPath]:
     paths = [path.parent / f"{name[1]}-{i + 1:05d}-of-{count:05d}.gguf" for i in range(count)]
     if missing := [part.name for part in paths if not part.is_file()]:
         raise CheckpointError(
-            f"{path}: one of {count} split files; missing: {', '.join(missing)}; copy them next to it"
+            f"{path}: one of {count} split files; missing: {', '.join(missing)}; copy the missing files next to it"
         )
     return paths
 
@@ -120,7 +120,9 @@ def _read_file(path: AnyPath) -> GGUFFile:
         metadata = dict(reader.entry() for _ in range(n_keys))
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1:
-            raise CheckpointError(f"{path}: general.alignment = {alignment!r}, but it must be a positive integer")
+            raise CheckpointError(
+                f"{path}: general.alignment = {alignment!r}, but it must be a positive integer; copy or download the file again"
+            )
         table = [reader.tensor() for _ in range(n_tensors)]
         start = -(-reader.position // alignment) * alignment
     tensors: dict[str, TensorInfo] = {}
@@ -130,14 +132,14 @@ def _read_file(path: AnyPath) -> GGUFFile:
         tensors[name] = info._replace(offset=start + info.offset)
         if tensors[name].offset + info.nbytes > size:
             raise CheckpointError(
-                f"{path}: truncated: {name} ends at byte {tensors[name].offset + info.nbytes:,}, the file has {size:,}; "
-                "copy or download it again"
+                f"{path}: truncated: {name} ends at byte {tensors[name].offset + info.nbytes:,}, but the file has {size:,} "
+                "bytes; copy or download it again"
             )
     return GGUFFile(path, metadata, tensors)
 
 
 class _Reader:
-    """Reader of the values of a header, in order. Raises CheckpointError if the file ends early or a value is invalid."""
+    """Reader of consecutive values of a header. Raises CheckpointError if the file ends early or a value is invalid."""
 
     def __init__(self, file: IO[bytes], path: AnyPath, size: int):
         self.file = file
@@ -149,14 +151,14 @@ class _Reader:
         if length > self.size - self.position:
             raise CheckpointError(
                 f"{self.path}: truncated or damaged: the header needs {length:,} bytes at byte {self.position:,}, "
-                f"the file has {self.size:,}; copy or download it again"
+                f"but the file has {self.size:,} bytes; copy or download it again"
             )
         data = self.file.read(length)
         self.position += length
         return data
 
-    def number(self, form: str) -> Any:
-        dtype = np.dtype(form)
+    def number(self, type_string: str) -> Any:
+        dtype = np.dtype(type_string)
         return np.frombuffer(self.take(dtype.itemsize), dtype)[0].item()
 
     def count(self) -> int:
@@ -190,10 +192,10 @@ class _Reader:
             raise CheckpointError(
                 f"{self.path}: damaged: the value of {key} has the unknown type {kind}; copy or download it again"
             )
-        form = NUMBERS[GGUFValueType(kind)]
-        if form == "<f4":  # the shortest decimal that is this number: 1e-05, not 9.999999747378752e-06
+        type_string = NUMBERS[GGUFValueType(kind)]
+        if type_string == "<f4":  # the shortest decimal that rounds to this number: 1e-05, not 9.999999747378752e-06
             return float(str(np.frombuffer(self.take(4), "<f4")[0]))
-        return self.number(form)
+        return self.number(type_string)
 
     def tensor(self) -> tuple[str, TensorInfo]:
         """Return a tensor's name and location, relative to the start of the data."""

@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metadata of GGUF files as keys of config.json and back: the parts that several architectures of llama.cpp share.
 
-Sources: the keys are those of `gguf.constants.Keys`; llama.cpp's src/models/*.cpp has the values of absent keys.
+Sources: the keys are those of `gguf.constants.Keys`; llama.cpp's src/models/*.cpp has the defaults of absent keys.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -18,14 +19,14 @@ from mesh_transformer.storage.errors import CheckpointError
 ROPE_FACTORS = "rope_freqs.weight"
 LONGROPE_FACTORS = {"long_factor": "rope_factors_long.weight", "short_factor": "rope_factors_short.weight"}
 LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_LENGTH = 1.0, 4.0, 8192  # of all published Llama 3.1, 3.2 and 3.3 models
-ROUNDING = 1e-6  # of a float32 in the metadata
+ROUNDING = 1e-6  # largest relative rounding error of a float32 in the metadata
 
 Table = dict[str, Any]
 Tensors = Mapping[str, LazyArray]
 
 
 class Architecture(NamedTuple):
-    """An architecture of llama.cpp and the families of transformers whose models it can hold."""
+    """An architecture of llama.cpp and the families of transformers that it can represent."""
 
     families: tuple[str, ...]  # model types
     keys: Mapping[str, str]  # metadata key without the architecture's prefix -> key of config.json with the same value
@@ -35,7 +36,8 @@ class Architecture(NamedTuple):
     pairs: bool = False  # whether the rows of query and key heads are interleaved, see tensors.undo_rope_order
     norm_offset: bool = False  # whether llama.cpp's converter adds 1 to the scales of norms
     transposed: tuple[str, ...] = ()  # modules of transformers whose weight is stored transposed
-    own: Mapping[str, TensorMapping] = {}  # tensors that are not only named differently, by native weight
+    # By native weight: tensors that differ from the tensors of transformers not only in the name
+    mappings: Mapping[str, TensorMapping] = {}
     constants: tuple[str, ...] = (ROPE_FACTORS,)  # tensors that are part of the configuration
 
 
@@ -58,16 +60,17 @@ class Metadata:
         """Raise CheckpointError unless a key is absent or has the expected value."""
         if (value := self.get(key, expected)) != expected:
             raise CheckpointError(
-                f"{self.where}: {self.name}.{key} = {value!r} is not supported; supported: {expected}"
+                f"{self.where}: {self.name}.{key} = {json.dumps(value)} is not supported; supported: "
+                + json.dumps(expected)
             )
 
     def check_all_read(self) -> None:
         """Raise CheckpointError with the keys of the architecture that were not read, as they may change the function."""
         unread = [key for key in self.values if key.startswith(f"{self.name}.") and key not in self._read]
         if unread:
-            found = ", ".join(f"{key} = {str(self.values[key])[:60]}" for key in unread)
+            listed = ", ".join(f"{key} = {str(self.values[key])[:60]}" for key in unread)
             raise CheckpointError(
-                f"{self.where}: metadata keys that are not supported and may change the model's function: {found}; convert the "
+                f"{self.where}: metadata keys that are not supported and may change the model's function: {listed}; convert the "
                 "model's Hugging Face folder instead"
             )
 
@@ -94,7 +97,7 @@ def read_rope(metadata: Metadata, table: Table, tensors: Tensors, d_head: int) -
         "beta_fast": metadata.get("rope.scaling.yarn_beta_fast"),
         "beta_slow": metadata.get("rope.scaling.yarn_beta_slow"),
     }
-    metadata.get("rope.scaling.finetuned")
+    metadata.get("rope.scaling.finetuned")  # read and ignored: it does not change the function
     if rope["rope_type"] not in ("none", "linear", "yarn"):
         raise CheckpointError(
             f"{metadata.where}: {metadata.name}.rope.scaling.type = {rope['rope_type']!r} is not supported; supported: "
@@ -128,9 +131,9 @@ def read_longrope(metadata: Metadata, table: Table, tensors: Tensors) -> None:
     trained_len = metadata.get("rope.scaling.original_context_length", table["max_position_embeddings"])
     scale = metadata.get("rope.scaling.attn_factor")
     rope: Table = {"rope_type": "default"}
-    if found := {key: tensors[name] for key, name in LONGROPE_FACTORS.items() if name in tensors}:
+    if factors := {key: tensors[name] for key, name in LONGROPE_FACTORS.items() if name in tensors}:
         rope = {"rope_type": "longrope", "original_max_position_embeddings": trained_len}
-        rope |= {key: _exact(array.read(full_index(array))) for key, array in found.items()}
+        rope |= {key: _exact(array.read(full_index(array))) for key, array in factors.items()}
         default = longrope_scale(table["max_position_embeddings"] / trained_len, trained_len)
         if scale is not None and abs(scale - default) > ROUNDING * default:
             rope["attention_factor"] = scale
@@ -140,12 +143,12 @@ def read_longrope(metadata: Metadata, table: Table, tensors: Tensors) -> None:
 
 
 def _exact(values: np.ndarray) -> list[float]:
-    """Return the shortest decimals that are these float32 values."""
+    """Return the shortest decimals that round to these float32 values."""
     return [float(str(value)) for value in values.astype(np.float32)]
 
 
 def write_longrope(config: Table, values: Table) -> None:
-    """Add the entries for the rope_parameters of Phi 3; its factors are in `constant_tensors`."""
+    """Add the entries for the rope_parameters of Phi 3, without the factors of LongRoPE (see `constant_tensors`)."""
     rope = config["rope_parameters"]
     values["rope.freq_base"] = float(rope["rope_theta"])
     values["rope.scaling.original_context_length"] = config["original_max_position_embeddings"]
@@ -166,7 +169,7 @@ def constant_tensors(config: Mapping[str, Any], d_head: int) -> dict[str, np.nda
 
 
 def write_rope(config: Table, values: Table) -> None:
-    """Add the entries for rope_parameters; its factors are in `constant_tensors`."""
+    """Add the entries for rope_parameters, without the factors of Llama 3.1 (see `constant_tensors`)."""
     rope = config.get("rope_parameters") or {}
     values["rope.freq_base"] = float(rope.get("rope_theta") or config["rope_theta"])
     if rope.get("rope_type") in ("linear", "yarn"):
@@ -182,7 +185,7 @@ def write_rope(config: Table, values: Table) -> None:
 
 
 def read_heads(metadata: Metadata, table: Table) -> int:
-    """Set the numbers of heads and their size, and return the size."""
+    """Set the numbers of heads and the size of a head in `table`, and return this size."""
     table.setdefault("num_key_value_heads", table["num_attention_heads"])
     if isinstance(table["num_key_value_heads"], list | tuple):
         raise CheckpointError(

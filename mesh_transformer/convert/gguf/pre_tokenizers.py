@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _END = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _END_SLASH = _END.replace("[\\r\\n]*", "[\\r\\n/]*")
-_CASED = (
+_CASED = (  # X is replaced by the expression for contractions
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+X"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*X"
 )
@@ -50,7 +50,7 @@ class PreTokenizer(NamedTuple):
 
 
 GPT2_LIKE, DIGITS = PreTokenizer(), PreTokenizer(digits=True)
-# If several names have equal values, the first one is written.
+# If several names have equal values, the first of these names is written.
 PRE_TOKENIZERS = {
     "gpt-2": GPT2_LIKE, "phi-2": GPT2_LIKE, "mpt": GPT2_LIKE, "jais": GPT2_LIKE, "exaone4": GPT2_LIKE,
     "olmo": PreTokenizer(nfc=True),

@@ -3,8 +3,8 @@
 """Encode values as the stored rows of each GGUF type.
 
 `gguf.quants` quantizes the types with one scale per block. For Q4_K, which gguf lacks, `quantize_q4_k` follows
-quantize_row_q4_K_ref of ggml-quants.c: the same search in the same order, in float32. A compiler that fuses a multiply
-and an add rounds once less, so single blocks can differ from llama.cpp's in the last step of a scale.
+quantize_row_q4_K_ref of ggml-quants.c: the same search in the same order, in float32. If llama.cpp is compiled with fused
+multiply-add, which rounds once instead of twice, the scales of a few blocks can differ by the smallest step.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ from mesh_transformer.storage.errors import CheckpointError
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K")
 SUPER, SUB = 256, 32  # values in a block and a sub-block of Q4_K
-LEVELS, SCALE_LEVELS = 15, 63
+LEVELS, SCALE_LEVELS = 15, 63  # largest 4-bit level of a value, largest 6-bit level of a scale
 STEPS, FIRST_STEP, STEP = 20, np.float32(-1.0), np.float32(0.1)  # of the search for a sub-block's scale
 BLOCKS_AT_ONCE = 2048  # bounds the memory of the search
 
@@ -44,8 +44,8 @@ def decode_rows(rows: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
 def quantize_q4_k(values: np.ndarray) -> np.ndarray:
     """Return float32 values [..., n], n a multiple of 256, as blocks of Q4_K [..., n / 256 * 144], uint8."""
     blocks = values.reshape(-1, SUPER)
-    size = GGML_QUANT_SIZES[GGMLQuantizationType.Q4_K][1]
-    stored = np.empty((len(blocks), size), np.uint8)
+    block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType.Q4_K][1]
+    stored = np.empty((len(blocks), block_bytes), np.uint8)
     for first in range(0, len(blocks), BLOCKS_AT_ONCE):
         stored[first : first + BLOCKS_AT_ONCE] = _quantize_blocks(blocks[first : first + BLOCKS_AT_ONCE])
     return stored.reshape(*values.shape[:-1], -1)
@@ -54,7 +54,7 @@ def quantize_q4_k(values: np.ndarray) -> np.ndarray:
 def _quantize_blocks(blocks: np.ndarray) -> np.ndarray:
     n_subs = SUPER // SUB
     x = np.ascontiguousarray(blocks.reshape(-1, SUB).T)  # [values of a sub-block, sub-blocks]: sums are in ggml's order
-    found, scales, minima = _search_scales(x)
+    searched, scales, minima = _search_scales(x)
     scales, minima = scales.reshape(-1, n_subs), minima.reshape(-1, n_subs)
     largest = [part.max(axis=1, keepdims=True, initial=0) for part in (scales, minima)]
     levels = [
@@ -66,8 +66,8 @@ def _quantize_blocks(blocks: np.ndarray) -> np.ndarray:
         (factor.astype(np.float32) * level.astype(np.float32)).reshape(-1)
         for factor, level in zip(factors, levels, strict=True)
     )
-    again = np.clip(np.rint(_divide(x + minimum, d)), 0, LEVELS)
-    quants = np.where(d != 0, again, found).astype(np.uint8).T.reshape(len(blocks), n_subs // 2, 2, SUB)
+    rounded = np.clip(np.rint(_divide(x + minimum, d)), 0, LEVELS)
+    quants = np.where(d != 0, rounded, searched).astype(np.uint8).T.reshape(len(blocks), n_subs // 2, 2, SUB)
     packed = quants[:, :, 0] | (quants[:, :, 1] << 4)
     parts = [
         factors[0].view(np.uint8),
@@ -81,7 +81,7 @@ def _quantize_blocks(blocks: np.ndarray) -> np.ndarray:
 def _search_scales(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the levels [32, n], scales [n] and negated minima [n] of sub-blocks x [32, n]: make_qkx2_quants of ggml.
 
-    The initial scale and 21 others near it are tried; the one with the least weighted squared error is returned.
+    The initial scale and 21 other scales near it are tried; the scale with the least weighted squared error is returned.
     """
     total = np.add.reduce  # over the first dimension, in order
     weights = np.sqrt(total(x * x) / np.float32(SUB)) + np.abs(x)

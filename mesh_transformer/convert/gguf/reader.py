@@ -22,7 +22,7 @@ class OpenGGUF(NamedTuple):
 
     path: AnyPath  # of the first file
     plan: ImportPlan
-    config: dict[str, Any]  # config.json of the family
+    config: dict[str, Any]  # content of config.json, translated from the metadata
     meta: dict[str, Any]  # metadata for a native checkpoint: tokenizer, special IDs and text files
 
 
@@ -42,7 +42,7 @@ def open_gguf(path: AnyPath) -> OpenGGUF:
 
 
 def read_gguf_model(file: GGUFFile, tensors: Mapping[str, LazyArray]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return config.json of the family of a GGUF model, and the [model] section. CheckpointError if it has none."""
+    """Return config.json and the [model] section of a GGUF model. Raise CheckpointError if the model is not supported."""
     config = read_config(file.metadata, tensors, file.path)
     family = make_family(config["model_type"], file.metadata["general.architecture"])
     return config, read_model(HFConfig(config, file.path), family)
@@ -63,11 +63,11 @@ def assemble_native(
 def undo_changes(tensors: Mapping[str, LazyArray], name: str, config: ModelConfig) -> dict[str, LazyArray]:
     """Return the tensors of an architecture without the changes that llama.cpp's converter makes."""
     architecture = ARCHITECTURES[name]
-    found = dict(tensors)
+    original = dict(tensors)
     for tensor, array in tensors.items():
         module = tensor.rpartition(".")[0]
         if architecture.pairs and module.endswith(("attn_q", "attn_k")):
-            found[tensor] = undo_rope_order(array, config.n_heads if module.endswith("attn_q") else config.kv_heads)
+            original[tensor] = undo_rope_order(array, config.n_heads if module.endswith("attn_q") else config.kv_heads)
         elif architecture.norm_offset and module.endswith("norm"):
-            found[tensor] = subtract_one(array)
-    return found
+            original[tensor] = subtract_one(array)
+    return original

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors of GGUF files as lazy arrays; quantized tensors are dequantized to float32, by `gguf.quants`, as they are read.
 
-The functions that undo the changes which llama.cpp's converter makes, and their inverses, are here too.
+Also the functions that undo the changes of llama.cpp's converter to tensors, and `to_pairs`, which makes one of these changes.
 """
 
 import math
@@ -35,19 +35,21 @@ def open_tensors(infos: Mapping[str, TensorInfo], where: object) -> dict[str, La
         for name, info in infos.items()
         if info.type not in supported
     ]
-    raise_problems(f"{where}: tensors of types that are not supported; quantize the model to one that is", problems)
+    raise_problems(
+        f"{where}: tensors of types that are not supported; quantize the model to a supported type", problems
+    )
     return {name: open_tensor(info) for name, info in infos.items()}
 
 
 def open_tensor(info: TensorInfo) -> LazyArray:
-    """Return a tensor as a lazy array; a quantized one has float32 values."""
+    """Return a tensor as a lazy array; the values of a quantized tensor are float32."""
     if info.type in STORED:
         return FileArray(info.path, info.offset, info.shape, to_dtype(STORED[info.type]))
-    block, size = GGML_QUANT_SIZES[info.type]
+    block, block_bytes = GGML_QUANT_SIZES[info.type]
     stored = FileArray(info.path, info.offset, (*info.shape[:-1], info.row_bytes), np.dtype(np.uint8))
 
     def decode(index: Slices) -> np.ndarray:
-        columns = slice(index[-1].start // block * size, index[-1].stop // block * size)
+        columns = slice(index[-1].start // block * block_bytes, index[-1].stop // block * block_bytes)
         return dequantize_rows(stored.read((*index[:-1], columns)), info.type)
 
     granularity = (*(1,) * (len(info.shape) - 1), block)
@@ -56,14 +58,14 @@ def open_tensor(info: TensorInfo) -> LazyArray:
 
 def dequantize_rows(rows: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
     """Return the float32 values [..., n] of stored rows [..., bytes]."""
-    block, size = GGML_QUANT_SIZES[kind]
-    shape = (*rows.shape[:-1], rows.shape[-1] // size * block)
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    shape = (*rows.shape[:-1], rows.shape[-1] // block_bytes * block)
     if not rows.size:  # `dequantize` cannot reshape an empty array
         return np.empty(shape, np.float32)
     # `dequantize` works on 16 rows at a time; rows of up to 64 blocks keep this efficient for slices of any width
     n_blocks = math.prod(shape) // block
     per_row = math.gcd(n_blocks, 64)
-    return dequantize(np.ascontiguousarray(rows).reshape(-1, per_row * size), kind).reshape(shape)
+    return dequantize(np.ascontiguousarray(rows).reshape(-1, per_row * block_bytes), kind).reshape(shape)
 
 
 def undo_rope_order(tensor: LazyArray, n_heads: int) -> LazyArray:

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read the tokenizer and chat template from the metadata of a GGUF file, as the files of a Hugging Face folder.
 
-Four kinds of tokenizer.ggml.model are read: "gpt2", byte-level BPE with a named pre-tokenizer (pre_tokenizers.py),
-"llama", SentencePiece's BPE with byte fallback, which stores scores instead of merges, "t5", SentencePiece's Unigram, and
-"bert", WordPiece (unigram.py).
+Four values of tokenizer.ggml.model are supported: "gpt2", which is byte-level BPE with a named pre-tokenizer
+(pre_tokenizers.py); "llama", SentencePiece's BPE with byte fallback, which stores scores instead of merges; "t5",
+SentencePiece's Unigram; and "bert", WordPiece (unigram.py for both).
 """
 
 import json
@@ -20,18 +20,22 @@ from mesh_transformer.storage.errors import CheckpointError
 
 KINDS = ("gpt2", "llama", "t5", "bert")
 ENDED_BY_DEFAULT = ("t5", "bert")  # llama.cpp puts a token after a text if the metadata has no add_eos_token
-BERT_IDS = {"cls": "cls_token_id", "seperator": "sep_token_id", "mask": "mask_token_id"}  # spelled so in the format
+BERT_IDS = {
+    "cls": "cls_token_id",
+    "seperator": "sep_token_id",
+    "mask": "mask_token_id",
+}  # "seperator" is the spelling of the format
 SPECIAL_IDS = {"bos": "bos_token_id", "eos": "eos_token_id", "unknown": "unk_token_id", "padding": "pad_token_id"}
 END_OF_TURN = "tokenizer.ggml.eot_token_id"
 GEMMA = ("gemma", "gemma2", "gemma3")
-LEVEL = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
+BYTE_LEVEL = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
 ADDED = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
 
 
 def read_tokenizer(metadata: Mapping[str, Any], where: object) -> dict[str, Any]:
     """Return metadata for a native checkpoint: the tokenizer, IDs of special tokens and text files (see text_files.py).
 
-    It is empty if the file has no tokenizer. Raises CheckpointError if the tokenizer is not supported.
+    The metadata is empty if the file has no tokenizer. Raises CheckpointError if the tokenizer is not supported.
     """
     kind = metadata.get("tokenizer.ggml.model", "none")
     if kind in ("none", "no_vocab"):
@@ -48,24 +52,32 @@ def read_tokenizer(metadata: Mapping[str, Any], where: object) -> dict[str, Any]
         name.removesuffix("_id"): tokens[i] for name, i in all_ids.items() if i is not None and 0 <= i < len(tokens)
     }
     adds_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", _adds_bos(metadata)))
-    ends = bool(metadata.get("tokenizer.ggml.add_eos_token", kind in ENDED_BY_DEFAULT))
-    around = ("cls_token", "sep_token") if kind == "bert" else ("bos_token", "eos_token")
+    adds_eos = bool(metadata.get("tokenizer.ggml.add_eos_token", kind in ENDED_BY_DEFAULT))
+    first_and_last = ("cls_token", "sep_token") if kind == "bert" else ("bos_token", "eos_token")
     table = _make_table(metadata, tokens, types, where)
-    added = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
+    added_types = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
     table["added_tokens"] = [
         dict(id=i, content=token, **ADDED, special=kind != TokenType.USER_DEFINED)
         for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind in added
+        if kind in added_types
     ]
     table["post_processor"] = _make_post_processor(
-        [named[name] for name, wanted in zip(around, (adds_bos, ends), strict=True) if wanted and name in named],
+        [
+            named[name]
+            for name, wanted in zip(first_and_last, (adds_bos, adds_eos), strict=True)
+            if wanted and name in named
+        ],
         tokens,
         adds_bos,
     )
     special = {key: value for key, value in ids.items() if value is not None and key != "unk_token_id"}
     ends_of_text = [i for i in (ids["eos_token_id"], metadata.get(END_OF_TURN)) if i is not None]
     template = metadata.get("tokenizer.chat_template")
-    config = named | {"add_bos_token": adds_bos, "add_eos_token": ends, "tokenizer_class": "PreTrainedTokenizerFast"}
+    config = named | {
+        "add_bos_token": adds_bos,
+        "add_eos_token": adds_eos,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
     generation = {key: special[key] for key in ("bos_token_id", "pad_token_id") if key in special}
     if ends_of_text:
         unique = list(dict.fromkeys(ends_of_text))
@@ -136,13 +148,13 @@ def _make_byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], where: 
         "version": "1.0",
         "normalizer": {"type": "NFC"} if pre_tokenizer.nfc else None,
         "pre_tokenizer": pre_tokenizer.table,
-        "decoder": LEVEL,
+        "decoder": BYTE_LEVEL,
         "model": {"type": "BPE", "vocab": vocabulary, "merges": merges, "ignore_merges": pre_tokenizer.ignore_merges},
     }
 
 
 def _make_sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> dict[str, Any]:
-    prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    adds_prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
     # Tokens of Gemma that consist of several spaces are stored with plain spaces
     spelled = [SPACE * len(token) if token and not token.strip(" ") else token for token in tokens]
     vocabulary = {token: i for i, token in enumerate(spelled)}
@@ -153,14 +165,14 @@ def _make_sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str], type
     steps = [
         dict(type="Replace", pattern={"String": SPACE}, content=" "), dict(type="ByteFallback"), dict(type="Fuse"),
     ]  # fmt: skip
-    if prefix:
+    if adds_prefix:
         steps.append(dict(type="Strip", content=" ", start=1, stop=0))
     unknown = next((token for token, kind in zip(spelled, types, strict=True) if kind == TokenType.UNKNOWN), None)
     normal = [token for token, kind in zip(spelled, types, strict=True) if kind in (TokenType.NORMAL, TokenType.UNUSED)]
     return {
         "version": "1.0",
         "normalizer": {"type": "Sequence", "normalizers": [dict(type="Prepend", prepend=SPACE), replace]}
-        if prefix
+        if adds_prefix
         else replace,
         "pre_tokenizer": None,
         "decoder": {"type": "Sequence", "decoders": steps},
@@ -176,23 +188,23 @@ def _make_sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str], type
 
 
 def derive_merges(tokens: Sequence[str], vocabulary: Mapping[str, int], scores: Sequence[float]) -> list[list[str]]:
-    """Return the ordered merges of a vocabulary with scores: for each token, all pairs of tokens that form it.
+    """Return the ordered merges of a vocabulary with scores: for each token, all pairs of tokens that form this token.
 
     Pairs that form a token with a higher score come first, as SentencePiece merges the pair with the highest score.
     """
     allowed = set(tokens)
-    found: list[tuple[float, int, int, str, str]] = []
+    keyed: list[tuple[float, int, int, str, str]] = []  # (sorting key, pair)
     for token in tokens:
         score = scores[vocabulary[token]]
         for i in range(1, len(token)):
             left, right = token[:i], token[i:]
             if left in allowed and right in allowed:
-                found.append((-score, vocabulary[left], vocabulary[right], left, right))
-    return [[left, right] for *_, left, right in sorted(found)]
+                keyed.append((-score, vocabulary[left], vocabulary[right], left, right))
+    return [[left, right] for *_, left, right in sorted(keyed)]
 
 
 def _make_post_processor(added: Sequence[str], tokens: Sequence[str], adds_bos: bool) -> dict[str, Any] | None:
-    """Return the post-processor that adds special tokens before and after a text, or None if there are none."""
+    """Return the post-processor that adds special tokens before and after a text, or None if `added` is empty."""
     if not added:
         return None
     added_tokens = [{"SpecialToken": {"id": token, "type_id": 0}} for token in added]

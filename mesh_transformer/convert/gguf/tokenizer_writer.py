@@ -24,7 +24,7 @@ PREFIX = "tokenizer.ggml"
 def write_tokenizer(meta: Mapping[str, Any], n_vocab: int) -> dict[str, Any]:
     """Return GGUF metadata for the tokenizer, special tokens and chat template in a checkpoint's metadata `meta`.
 
-    `n_vocab` is the number of token embeddings; those without a token get a placeholder. Raises CheckpointError if no
+    `n_vocab` is the number of token embeddings; an embedding without a token gets a placeholder token. Raises CheckpointError if no
     tokenizer of llama.cpp gives the same IDs.
     """
     record = meta.get("tokenizer") or {}
@@ -57,9 +57,12 @@ def _write_special(meta: Mapping[str, Any], end_of_text: int, n_vocab: int) -> d
     ids |= {key: value for key, value in json.loads(carried.get("generation_config.json", "{}")).items() if key in ids}
     ends = ids.get("eos_token_id", end_of_text)
     ends = list(ends) if isinstance(ends, list | tuple) else [ends]
-    found = {f"{PREFIX}.eos_token_id": ends[0], END_OF_TURN: next(iter(ends[1:]), None)}
-    found |= {f"{PREFIX}.bos_token_id": ids.get("bos_token_id"), f"{PREFIX}.padding_token_id": ids.get("pad_token_id")}
-    return {key: value for key, value in found.items() if isinstance(value, int) and 0 <= value < n_vocab}
+    entries = {f"{PREFIX}.eos_token_id": ends[0], END_OF_TURN: next(iter(ends[1:]), None)}
+    entries |= {
+        f"{PREFIX}.bos_token_id": ids.get("bos_token_id"),
+        f"{PREFIX}.padding_token_id": ids.get("pad_token_id"),
+    }
+    return {key: value for key, value in entries.items() if isinstance(value, int) and 0 <= value < n_vocab}
 
 
 def _find_template(carried: Mapping[str, str]) -> str | None:
@@ -75,9 +78,9 @@ def _find_template(carried: Mapping[str, str]) -> str | None:
 def _write_bytes() -> dict[str, Any]:
     """Return the tokenizer of UTF-8 bytes as a byte-level BPE.
 
-    llama.cpp requires merges. The one here does not form a token, so it does not change the IDs.
+    llama.cpp requires merges. The only merge here does not form a token of the vocabulary, so it does not change the IDs.
     """
-    alphabet = sorted(ByteLevel.alphabet())  # printable bytes stand for themselves, the others are U+0100 and following
+    alphabet = sorted(ByteLevel.alphabet())  # printable bytes are unchanged, other bytes become U+0100 and following
     printable = {ord(character): character for character in alphabet if ord(character) < 256}
     others = iter(alphabet[len(printable) :])
     characters = [printable.get(byte) or next(others) for byte in range(256)]
@@ -115,14 +118,16 @@ def _write_vocabulary(table: Mapping[str, Any]) -> dict[str, Any]:
             )
         values |= {f"{PREFIX}.model": "gpt2", f"{PREFIX}.pre": name}
         return values | {f"{PREFIX}.merges": [" ".join(merge) for merge in merges]}
-    space = json.dumps([table.get("normalizer"), table.get("pre_tokenizer")])
-    prefix = '"Prepend"' in space or '"prepend_scheme": "always"' in space or '"prepend_scheme": "first"' in space
+    steps = json.dumps([table.get("normalizer"), table.get("pre_tokenizer")])
+    adds_prefix = any(
+        text in steps for text in ('"Prepend"', '"prepend_scheme": "always"', '"prepend_scheme": "first"')
+    )
     scores = _score_tokens(tokens, types, merges, model["vocab"])
-    return values | {f"{PREFIX}.model": "llama", f"{PREFIX}.scores": scores, f"{PREFIX}.add_space_prefix": prefix}
+    return values | {f"{PREFIX}.model": "llama", f"{PREFIX}.scores": scores, f"{PREFIX}.add_space_prefix": adds_prefix}
 
 
 def _list_tokens(table: Mapping[str, Any]) -> tuple[list[str], list[int]]:
-    """Return the tokens by id and their types."""
+    """Return the tokens in the order of their IDs, and the type of each."""
     model = table["model"]
     added = {token["id"]: token for token in table.get("added_tokens") or []}
     by_id = {i: token for token, i in token_ids(table).items()} | {i: token["content"] for i, token in added.items()}

@@ -23,7 +23,7 @@ UNCASED = {
     "type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": True,
 }  # fmt: skip
 RUNS_OF_SPACES = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
-ENDS = {"type": "Strip", "strip_left": True, "strip_right": True}
+STRIP_ENDS = {"type": "Strip", "strip_left": True, "strip_right": True}
 
 
 def make_unigram(metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def make_unigram(metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequ
         data = base64.b64encode(bytes(value & 255 for value in charsmap)).decode()
         normalizers.append({"type": "Precompiled", "precompiled_charsmap": data})
     if metadata.get(EXTRA_SPACES, False):
-        normalizers += [ENDS, RUNS_OF_SPACES]
+        normalizers += [STRIP_ENDS, RUNS_OF_SPACES]
     scheme = "always" if metadata.get(SPACE_PREFIX, False) else "never"
     space = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": True}
     unknown = metadata.get("tokenizer.ggml.unknown_token_id")
@@ -57,27 +57,29 @@ def make_unigram(metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequ
 def write_unigram(table: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries for the scores and the normalization of a Unigram vocabulary; the inverse of `make_unigram`.
 
-    CheckpointError if llama.cpp has no tokenizer that divides texts so.
+    Raises CheckpointError if llama.cpp has no tokenizer that divides texts in the same way.
     """
-    steps = _steps(table.get("normalizer"), "normalizers")
-    words = _steps(table.get("pre_tokenizer"), "pretokenizers")
+    normalizers = _steps(table.get("normalizer"), "normalizers")
+    pre_tokenizers = _steps(table.get("pre_tokenizer"), "pretokenizers")
     values: dict[str, Any] = {"tokenizer.ggml.model": "t5", "tokenizer.ggml.pre": "default"}
-    if steps and steps[0]["type"] == "Precompiled":
-        values[CHARSMAP] = base64.b64decode(steps.pop(0)["precompiled_charsmap"])
-    # with the map of SentencePiece, which makes each whitespace a space, this is the same as ENDS and RUNS_OF_SPACES
-    has_words = CHARSMAP in values and words and words[0]["type"] == "WhitespaceSplit"
-    if has_words:
-        words.pop(0)
-    space = words[-1] if len(words) == 1 and words[0]["type"] == "Metaspace" else {}
-    scheme = space.get("prepend_scheme", "always")
-    known_steps = [[ENDS, RUNS_OF_SPACES]] if not has_words else []
-    if not space or (steps and steps not in known_steps) or scheme == "first":
+    if normalizers and normalizers[0]["type"] == "Precompiled":
+        values[CHARSMAP] = base64.b64decode(normalizers.pop(0)["precompiled_charsmap"])
+    # After SentencePiece's map, which replaces all whitespace with spaces, WhitespaceSplit has the effect of STRIP_ENDS and
+    # RUNS_OF_SPACES.
+    splits_whitespace = CHARSMAP in values and pre_tokenizers and pre_tokenizers[0]["type"] == "WhitespaceSplit"
+    if splits_whitespace:
+        pre_tokenizers.pop(0)
+    metaspace = pre_tokenizers[-1] if len(pre_tokenizers) == 1 and pre_tokenizers[0]["type"] == "Metaspace" else {}
+    scheme = metaspace.get("prepend_scheme", "always")
+    supported = [[STRIP_ENDS, RUNS_OF_SPACES]] if not splits_whitespace else []
+    if not metaspace or (normalizers and normalizers not in supported) or scheme == "first":
         raise CheckpointError(
-            "llama.cpp has no Unigram tokenizer that divides texts as the one of this model, which is "
-            f"{json.dumps([table.get('normalizer'), table.get('pre_tokenizer')])[:300]}; export it with --format huggingface"
+            "llama.cpp has no Unigram tokenizer that divides texts as the tokenizer of this model, whose normalizer and "
+            f"pre_tokenizer are {json.dumps([table.get('normalizer'), table.get('pre_tokenizer')])[:300]}; export the model "
+            "with --format huggingface"
         )
     values[SPACE_PREFIX] = scheme == "always"
-    values[EXTRA_SPACES] = bool(has_words or steps)
+    values[EXTRA_SPACES] = bool(splits_whitespace or normalizers)
     model = table["model"]
     if model.get("unk_id") is not None:
         values["tokenizer.ggml.unknown_token_id"] = model["unk_id"]
@@ -124,13 +126,13 @@ def make_wordpiece(metadata: Mapping[str, Any], tokens: Sequence[str], types: Se
 def write_wordpiece(table: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> dict[str, Any]:
     """Return the entries for a WordPiece vocabulary; the inverse of `make_wordpiece`.
 
-    CheckpointError unless its texts are in lower case, as llama.cpp makes them.
+    Raises CheckpointError unless the tokenizer converts texts to lower case, as llama.cpp does.
     """
     normalizer = table.get("normalizer") or {}
     if normalizer not in (UNCASED, UNCASED | {"strip_accents": True}):
         raise CheckpointError(
-            "llama.cpp has no WordPiece tokenizer with the normalizer of this model, which is "
-            f"{json.dumps(normalizer)[:300]}; export it with --format huggingface"
+            "llama.cpp has no WordPiece tokenizer with the normalizer of this model's tokenizer, which is "
+            f"{json.dumps(normalizer)[:300]}; export the model with --format huggingface"
         )
     stored: list[str] = []
     for token, kind in zip(tokens, types, strict=True):

@@ -19,7 +19,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWrit
 
 from mesh_transformer.checkpoint import local_backend
 from mesh_transformer.checkpoint.bounded_pool import run_bounded
-from mesh_transformer.config import ModelConfig
+from mesh_transformer.config import ModelConfig, format_value
 from mesh_transformer.convert.gguf.architectures import (
     ARCHITECTURES,
     OUTPUT,
@@ -54,7 +54,7 @@ ENCODING_OVERHEAD = 8  # memory to encode a slice, as a multiple of its size
 class PlannedTensor(NamedTuple):
     """A planned tensor of the file, packed from native arrays."""
 
-    parts: Sequence[Packed | Joined]  # along the first dimension: one for each expert, otherwise a single one
+    parts: Sequence[Packed | Joined]  # consecutive parts of the first dimension: one for each expert, or only one
     shape: tuple[int, ...]
     type: GGMLQuantizationType
     change: Callable[[np.ndarray], np.ndarray]  # applied to rows before they are encoded
@@ -62,8 +62,8 @@ class PlannedTensor(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Size of the stored values in bytes."""
-        block, size = GGML_QUANT_SIZES[self.type]
-        return math.prod(self.shape) // block * size
+        block, block_bytes = GGML_QUANT_SIZES[self.type]
+        return math.prod(self.shape) // block * block_bytes
 
 
 class GGUFPlan(NamedTuple):
@@ -72,7 +72,7 @@ class GGUFPlan(NamedTuple):
     metadata: Table
     tensors: Mapping[str, PlannedTensor]
     constants: Mapping[str, np.ndarray]  # tensors computed from the configuration
-    type: str  # type of the matrices, except those that it does not fit
+    type: str  # type of the matrices; see `fitting_type` for exceptions
     is_exact: bool  # whether the type represents the values of the source exactly
 
     @property
@@ -84,7 +84,7 @@ class GGUFPlan(NamedTuple):
 def plan_gguf(plan: ImportPlan, gguf_type: str | None, model_type: str | None = None) -> GGUFPlan:
     """Plan the file of a model. Raise CheckpointError if no supported architecture of llama.cpp computes its function.
 
-    If several do, the file has the architecture of the family `model_type`, if that is one of them.
+    If several architectures do, the architecture of the family `model_type` is used if it is one of these.
     """
     kind, config = _find_family(plan.config, model_type)
     metadata = write_config(config)
@@ -114,11 +114,11 @@ def _find_family(config: ModelConfig, preferred: str | None) -> tuple[str, Table
     """Return a family that computes the function of a model, if possible one in ARCHITECTURES, and its config.json."""
     kinds = [kind for architecture in ARCHITECTURES.values() for kind in architecture.families]
     kinds.sort(key=lambda kind: kind != preferred)
-    found = find_family(config, kinds[0])
+    family = find_family(config, kinds[0])
     for kind in kinds:
-        if found[0] not in kinds:
-            found = find_family(config, kind)
-    return found
+        if family[0] not in kinds:
+            family = find_family(config, kind)
+    return family
 
 
 def _check_function(config: ModelConfig, model: GGUFPlan) -> None:
@@ -130,8 +130,9 @@ def _check_function(config: ModelConfig, model: GGUFPlan) -> None:
     name = model.metadata["general.architecture"]
     table = read_config(model.metadata, shapes, "GGUF")
     family = make_family(table["model_type"], name)
-    found = make_model_config(read_model(HFConfig(table, "GGUF"), family), "GGUF").effective_fields()
-    different = [f"{key} = {value!r}" for key, value in config.effective_fields().items() if found.get(key) != value]
+    represented = make_model_config(read_model(HFConfig(table, "GGUF"), family), "GGUF").effective_fields()
+    fields = config.effective_fields()
+    different = [f"{key} = {format_value(value)}" for key, value in fields.items() if represented.get(key) != value]
     if different:
         raise CheckpointError(
             f"a GGUF file of the architecture {name!r} does not compute the function of this model; it cannot represent "
@@ -164,7 +165,7 @@ def _plan_tensor(
 
 
 def fitting_type(wanted: GGMLQuantizationType, name: str, row: int) -> GGMLQuantizationType:
-    """Return the type of a matrix with rows of `row` values: `wanted`, or Q8_0 or F16 if its blocks do not divide the rows.
+    """Return the type of a matrix with rows of `row` values: `wanted`, or Q8_0 or F16 if the blocks of `wanted` do not fit.
 
     In a file of K-quants, token embeddings and the output matrix are Q8_0.
     """
@@ -181,7 +182,7 @@ def write_gguf(
     progress: Progress,
     slice_bytes: int = SLICE_BYTES,
 ) -> None:
-    """Write the file at `path`, without the blocks that an earlier attempt has written according to `log`."""
+    """Write the file at `path`; blocks that an earlier attempt has written according to `log` are left unchanged."""
     _write_header(path, model, meta)
     infos = read_gguf(path).tensors
     counter = ByteCounter("writing", sum(tensor.nbytes for tensor in model.tensors.values()), progress)
@@ -205,7 +206,7 @@ def write_gguf(
 
 
 def verify_gguf(path: Path, model: GGUFPlan, progress: Progress, slice_bytes: int = SLICE_BYTES) -> dict[str, str]:
-    """Read every tensor back, compare it with the encoded values of the source, and return the digest of each tensor.
+    """Read every tensor with weights back, compare it with the encoded values of the source, and return the digest of each tensor.
 
     Raises CheckpointError if a bit differs.
     """
@@ -216,8 +217,8 @@ def verify_gguf(path: Path, model: GGUFPlan, progress: Progress, slice_bytes: in
     def compare(name: str, block: "Block") -> tuple[str, np.ndarray]:
         expected = encode_block(name, model.tensors[name], block)
         stored = _stored(infos[name])
-        found = stored.read((slice(block.first, block.first + block.rows), slice(0, stored.shape[1])))
-        if not np.array_equal(found, expected):
+        actual = stored.read((slice(block.first, block.first + block.rows), slice(0, stored.shape[1])))
+        if not np.array_equal(actual, expected):
             raise CheckpointError(
                 f"{name} at row {block.first}: the result differs from the source; the result was deleted. Check the disk, then "
                 "run the conversion again"
@@ -238,15 +239,15 @@ def verify_gguf(path: Path, model: GGUFPlan, progress: Progress, slice_bytes: in
 class Block(NamedTuple):
     """Rows of a tensor that are read, encoded and written at once; a vector is one row."""
 
-    part: int
+    part: int  # index into PlannedTensor.parts
     start: int  # [start, stop) of the first dimension of the part
     stop: int
-    first: int  # row of the stored tensor
-    rows: int
+    first: int  # first row in the stored tensor
+    rows: int  # number of rows
 
 
 def list_blocks(tensor: PlannedTensor, slice_bytes: int) -> Iterator[Block]:
-    """Yield blocks that cover a tensor, in order, of at most about `slice_bytes` while they are encoded."""
+    """Yield blocks that cover a tensor, in order; encoding a block takes about `slice_bytes` of memory or less."""
     if len(tensor.shape) == 1:
         yield Block(0, 0, tensor.shape[0], 0, 1)
         return
@@ -274,7 +275,7 @@ def _stored(info: TensorInfo) -> FileArray:
 
 
 def _write_header(path: Path, model: GGUFPlan, meta: Mapping[str, Any]) -> None:
-    """Create the file with its header and its final size, unless it exists with both."""
+    """Create the file with its header and its final size, unless a file with this header and size exists."""
     name = model.metadata["general.architecture"]
     n_vocab = model.tensors[TOKEN_EMBEDDING].shape[0]
     values = {"general.type": "model", "general.name": path.stem} | model.metadata | write_tokenizer(meta, n_vocab)

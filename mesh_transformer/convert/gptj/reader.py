@@ -1,17 +1,19 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Read checkpoints of mesh-transformer-jax, format "v1" (that of GPT-J); writer.py writes them.
+"""Read checkpoints of mesh-transformer-jax, format "v1" (the format of GPT-J); writer.py writes them.
 
     step_<N>/shard_<s>/<p>.npz    s = 0 .. shards - 1 (cores_per_replica), p = 0 .. 15
 
-A shard is a list of unnamed leaves in 16 .npz files; the first files have one leaf more if the number is not divisible.
-The leaves are: Adam's count, mu and nu, the count of the schedule (these four are absent from a "slim" checkpoint, which has
-no optimizer state), the weights, the step. Members arr_<i>.npy are stored uncompressed, so each leaf is a range of bytes.
-Weights are in the order of the sorted module names of mesh-transformer-jax, layer_10 before layer_2; `list_leaves` returns
-this order. bfloat16 has descr "<V2". The shards do not describe the model; its JSON configuration does.
+A shard is a list of unnamed leaves in 16 .npz files; if the number of leaves is not divisible by 16, the first files have one
+leaf more. The leaves are: Adam's count, mu and nu, the count of the schedule (these four are absent from a "slim" checkpoint,
+which has no optimizer state), the weights, the step. Members arr_<i>.npy are stored uncompressed, so each leaf is a range of
+bytes. Weights are in the order of the sorted module names of mesh-transformer-jax, layer_10 before layer_2; `list_leaves`
+returns this order. In the header of a member, the descr of bfloat16 is "<V2". The shards do not describe the model; its JSON
+configuration does.
 """
 
 import dataclasses
+import json
 import math
 import re
 import struct
@@ -36,11 +38,11 @@ from mesh_transformer.convert.import_plan import (
 )
 from mesh_transformer.convert.layout_views import LayoutView, parse_pattern
 from mesh_transformer.convert.lazy_arrays import AddBias, Concat, FileArray, InMemory, LazyArray, Sum, full_index
-from mesh_transformer.storage.errors import CheckpointError, StorageError
+from mesh_transformer.storage.errors import CheckpointError
 from mesh_transformer.storage.paths import AnyPath
 
 NPZ_FILES = 16  # of each shard
-READERS = 4  # .npz files opened at once
+READERS = 4  # .npz files whose headers are read concurrently
 DTYPES = ("bfloat16", "float16", "float32")
 # Adam's state in the arrays of a run. The moments have the names of their weights without "params/".
 OPT_MU, OPT_NU = "opt_state/1/mu/", "opt_state/1/nu/"
@@ -87,12 +89,12 @@ class LeafMapping(NamedTuple):
     external: str
     native: str | None  # None: added to another weight
     pattern: str  # layout in native axes; see layout_views.py
-    # How the shards of a leaf are combined: concatenated along this dimension, "sum", "mean", or "first" (only shard 0 is used)
+    # Combination of a leaf's shards: concatenation along this dimension, "sum", "mean", or "first" (only shard 0 is used)
     merge: int | str
 
 
 class Leaf(NamedTuple):
-    """A leaf of one layer, or of no layer."""
+    """A leaf of a layer, or a leaf outside the layers."""
 
     mapping: LeafMapping
     layer: int | None
@@ -155,9 +157,9 @@ def open_gptj(folder: AnyPath, external_config: Mapping[str, Any], where: str = 
         )
     leaves = list_leaves(config)
     n = len(leaves)
-    first = 2 + 2 * n if has_optimizer else 0
-    groups = [first, 1, 1 + n] if has_optimizer else [first]
-    problems = [problem for start in groups for problem in _check_leaves(shards, start, leaves, config)]
+    first = 2 + 2 * n if has_optimizer else 0  # position of the first weight
+    starts = [first, 1, 1 + n] if has_optimizer else [first]  # of weights, mu and nu
+    problems = [problem for start in starts for problem in _check_leaves(shards, start, leaves, config)]
     raise_problems(
         f"{folder} does not match {where}; pass the configuration of the training run with --source-config", problems
     )
@@ -184,19 +186,19 @@ def read_model(external: Mapping[str, Any], where: str = "the configuration") ->
 
     Raises CheckpointError with all keys that are missing, invalid or have no native equivalent.
     """
-    sizes = dict(n_layers="layers", d_model="d_model", n_heads="n_heads", n_vocab="n_vocab", seq_len="seq")
-    problems = [f"{key} is missing" for key in (*sizes.values(), "norm", "pe") if key not in external]
-    for key in (*sizes.values(), "pe_rotary_dims"):
+    size_keys = dict(n_layers="layers", d_model="d_model", n_heads="n_heads", n_vocab="n_vocab", seq_len="seq")
+    problems = [f"{key} is missing" for key in (*size_keys.values(), "norm", "pe") if key not in external]
+    for key in (*size_keys.values(), "pe_rotary_dims"):
         if key in external and (type(external[key]) is not int or external[key] <= 0):
-            problems.append(f"{key} = {external[key]!r} is not a positive integer")
+            problems.append(f"{key} = {json.dumps(external[key])} is not a positive integer")
     norm, pe = external.get("norm"), external.get("pe")
-    if "norm" in external and norm not in NORMS:
+    if "norm" in external and (not isinstance(norm, str) or norm not in NORMS):
         reason = DESYNC if norm == "layernorm-desync" else "is unknown"
-        problems.append(f"norm = {norm!r} {reason}; supported: {', '.join(NORMS)}")
-    if "pe" in external and pe not in POSITIONS:
-        problems.append(f"pe = {pe!r} is unknown; supported: {', '.join(POSITIONS)}")
+        problems.append(f"norm = {json.dumps(norm)} {reason}; supported: {', '.join(NORMS)}")
+    if "pe" in external and (not isinstance(pe, str) or pe not in POSITIONS):
+        problems.append(f"pe = {json.dumps(pe)} is unknown; supported: {', '.join(POSITIONS)}")
     raise_problems(f"{where} cannot be imported", problems)
-    model = {native: external[key] for native, key in sizes.items()} | FIXED
+    model = {native: external[key] for native, key in size_keys.items()} | FIXED
     model |= dict(zip(("norm", "norm_bias"), NORMS[str(norm)], strict=True), positions=POSITIONS[str(pe)], init="gptj")
     if pe == "rotary":  # mesh-transformer-jax clamps pe_rotary_dims to d_head
         d_head = external["d_model"] // external["n_heads"]
@@ -234,27 +236,27 @@ def _read_shards(folder: AnyPath) -> Shards:
         raise CheckpointError(
             f'{folder} has the format "v2", in which the function of the weights depends on the mesh; only v1 can be imported'
         )
-    found = {int(path.name[6:]) for path in folder.glob("shard_*") if re.fullmatch(r"shard_\d+", path.name)}
-    if not found:
-        inner = ", ".join(sorted(path.name for path in folder.glob("step_*"))) or "none"
+    numbers = {int(path.name[6:]) for path in folder.glob("shard_*") if re.fullmatch(r"shard_\d+", path.name)}
+    if not numbers:
+        steps = ", ".join(sorted(path.name for path in folder.glob("step_*"))) or "none"
         raise CheckpointError(
-            f"{folder}: no folders shard_0, shard_1, ...; pass the folder of a step (step folders found here: {inner})"
+            f"{folder}: no folders shard_0, shard_1, ...; pass the folder of a step (step folders found here: {steps})"
         )
-    problems = [f"shard_{s} is missing" for s in range(max(found)) if s not in found]
+    problems = [f"shard_{s} is missing" for s in range(max(numbers)) if s not in numbers]
     shards: list[list[FileArray]] = []
-    for shard in sorted(found):
+    for shard in sorted(numbers):
         paths = [folder / f"shard_{shard}" / f"{i}.npz" for i in range(NPZ_FILES)]
         with ThreadPoolExecutor(READERS) as readers:
             results = list(readers.map(_try_read, paths))
         problems += [f"shard_{shard}/{i}.npz{result}" for i, result in enumerate(results) if isinstance(result, str)]
         files = [result for result in results if not isinstance(result, str)]
         shards.append([leaf for file in files for leaf in file])
-        size, more = divmod(len(shards[-1]), NPZ_FILES)
-        uneven = [i for i, file in enumerate(files) if len(file) != size + (i < more)]
+        per_file, rest = divmod(len(shards[-1]), NPZ_FILES)
+        uneven = [i for i, file in enumerate(files) if len(file) != per_file + (i < rest)]
         if uneven and len(files) == NPZ_FILES:
             i = uneven[0]
             problems.append(
-                f"shard_{shard}/{i}.npz has {len(files[i])} of the {len(shards[-1])} leaves, but must have {size + (i < more)}"
+                f"shard_{shard}/{i}.npz has {len(files[i])} of the {len(shards[-1])} leaves, but must have {per_file + (i < rest)}"
             )
     if not problems and len({len(shard) for shard in shards}) > 1:
         problems.append(f"shards have different numbers of leaves: {[len(shard) for shard in shards]}")
@@ -263,10 +265,10 @@ def _read_shards(folder: AnyPath) -> Shards:
 
 
 def _try_read(path: AnyPath) -> list[FileArray] | str:
-    """Return the arrays of an .npz file, or the reason why it cannot be read."""
+    """Return the arrays of an .npz file, or the damage that prevents it from being read."""
     try:
         return read_npz(path)
-    except StorageError:
+    except CheckpointError:  # not accessible, or not damaged but not supported
         raise
     except FileNotFoundError:
         return " is missing"
@@ -276,11 +278,13 @@ def _try_read(path: AnyPath) -> list[FileArray] | str:
 
 def _count_layers(n_leaves: int, config: ModelConfig, folder: AnyPath, where: str) -> tuple[int, bool]:
     """Return the number of layers, and whether Adam's state is present; both follow from the number of leaves."""
-    one, two = (
+    leaves_of_1, leaves_of_2 = (
         len(list_leaves(dataclasses.replace(config, n_layers=n, attention_pattern=("global",)))) for n in (1, 2)
     )
     for has_optimizer, copies, counters in ((False, 1, 1), (True, 3, 3)):
-        layers, rest = divmod(n_leaves - counters - copies * (2 * one - two), copies * (two - one))
+        layers, rest = divmod(
+            n_leaves - counters - copies * (2 * leaves_of_1 - leaves_of_2), copies * (leaves_of_2 - leaves_of_1)
+        )
         if rest == 0 and layers > 0:
             return layers, has_optimizer
     raise CheckpointError(
@@ -307,10 +311,10 @@ def _check_leaves(shards: Shards, first: int, leaves: Sequence[Leaf], config: Mo
         for s, array in enumerate(shards.at(i)):
             if array.shape != tuple(dims):
                 problems.append(f"{leaf.name} (leaf {i}) of shard_{s} has shape {array.shape}, expected {tuple(dims)}")
-    found = sorted({str(a.dtype) for shard in shards.leaves for a in shard[first : first + len(leaves)]})
-    if len(found) > 1 or found[0] not in DTYPES:
+    dtypes = sorted({str(a.dtype) for shard in shards.leaves for a in shard[first : first + len(leaves)]})
+    if len(dtypes) > 1 or dtypes[0] not in DTYPES:
         problems.append(
-            f"leaves {first} to {first + len(leaves) - 1} have the types {', '.join(found)}, but must all have the same type, "
+            f"leaves {first} to {first + len(leaves) - 1} have the types {', '.join(dtypes)}, but must all have the same type, "
             f"one of {', '.join(DTYPES)}"
         )
     return problems
@@ -327,10 +331,10 @@ def _make_find(
 
     def merge(position: int) -> LazyArray:
         arrays = shards.at(first + position)
-        how = leaves[position].mapping.merge
-        if isinstance(how, int):
-            return Concat(arrays, how)
-        return Sum(arrays, mean=how == "mean") if how != "first" and not moments else arrays[0]
+        rule = leaves[position].mapping.merge
+        if isinstance(rule, int):
+            return Concat(arrays, rule)
+        return Sum(arrays, mean=rule == "mean") if rule != "first" and not moments else arrays[0]
 
     def find(spec: WeightSpec) -> LazyArray:
         position = positions[spec.name, spec.layer]
@@ -347,15 +351,15 @@ def _read_count(shards: Shards, position: int, name: str) -> int:
     leaves = shards.at(position)
     for s, leaf in enumerate(leaves):
         if leaf.dtype.kind not in "iu" or math.prod(leaf.shape) != 1:
-            found = f"{leaf.dtype}{list(leaf.shape)}"
+            given = f"{leaf.dtype}{list(leaf.shape)}"
             raise CheckpointError(
-                f"{shards.folder}: {name} of shard_{s} is {found}, but must be one integer; copy it again"
+                f"{shards.folder}: {name} of shard_{s} is {given}, but must be one integer; copy the shard again"
             )
     values = [int(leaf.read(full_index(leaf)).reshape(())) for leaf in leaves]
     if len(set(values)) > 1:
         raise CheckpointError(
             f"{shards.folder}: {name} differs between shards: {values}; they are from different checkpoints, so copy all "
-            "shards of one"
+            "shards of one checkpoint"
         )
     return values[0]
 
@@ -368,8 +372,11 @@ def _list_notes(shards: Shards, step: int, config: ModelConfig, *, has_optimizer
     if has_optimizer:
         yield "the moments of summed biases are from shard 0, because each shard received the gradient of the sum"
         yield "the moments of w_tokens are the moments of the embedding matrix without its bias"
-        yield f"mesh-transformer-jax updates summed biases {len(shards)} times as fast as the learning rate; training here does not"
-        yield 'to continue its training, set optimizer.beta2 = 0.999 and optimizer.schedule = "gptj", as in mesh-transformer-jax'
+        yield (
+            f"mesh-transformer-jax updates summed biases {len(shards)} times as fast as the learning rate; Mesh Transformer does "
+            "not"
+        )
+        yield 'to continue the training, set optimizer.beta2 = 0.999 and optimizer.schedule = "gptj", as in mesh-transformer-jax'
     if shards.folder.name != f"step_{step}":
         yield f"the folder is named {shards.folder.name}, but the step stored in its arrays is {step}"
 

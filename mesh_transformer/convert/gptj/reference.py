@@ -24,11 +24,11 @@ from mesh_transformer.convert.huggingface.reference import (
 )
 from mesh_transformer.convert.lazy_arrays import LazyArray
 
-Leaves = list[LazyArray]  # one leaf of every shard
+Leaves = list[LazyArray]  # the leaf at one position of every shard
 
 
 class _Weights(NamedTuple):
-    """Leaves of a model by their role."""
+    """Leaves of a model, grouped by purpose."""
 
     positions: Leaves  # empty unless pe is "fixed"
     embedding_bias: Leaves

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Write native weights as a checkpoint of mesh-transformer-jax with any number of shards; reader.py has the format."""
+"""Write native weights as a checkpoint of mesh-transformer-jax with any number of shards; reader.py describes the format."""
 
 import contextlib
 import functools
@@ -18,7 +18,7 @@ import numpy as np
 from mesh_transformer.checkpoint.bounded_pool import run_bounded
 from mesh_transformer.checkpoint.local_backend import write_synced
 from mesh_transformer.checkpoint.manifest import CheckpointError
-from mesh_transformer.config import ModelConfig
+from mesh_transformer.config import ModelConfig, format_value
 from mesh_transformer.convert.gptj.reader import (
     DTYPES,
     NORMS,
@@ -54,12 +54,15 @@ def make_external_config(config: ModelConfig, shards: int) -> dict[str, Any]:
     incomparable: set[str] = set()
     pe = {native: external for external, native in POSITIONS.items()}.get(config.positions)
     if pe is None:
-        problems.append(f"positions = {config.positions!r}, but must be one of {list(POSITIONS.values())}")
+        problems.append(
+            f"positions = {format_value(config.positions)}, but must be one of {format_value(list(POSITIONS.values()))}"
+        )
         incomparable |= {"positions", "rope_dims", "rope_theta", "rope_scaling"}
     norm = {native: external for external, native in NORMS.items()}.get((config.norm, config.norm_bias))
     if norm is None:
         problems.append(
-            f"norm = {config.norm!r}, but must be one of {sorted({native for native, _ in NORMS.values()})}"
+            f"norm = {format_value(config.norm)}, but must be one of "
+            + format_value(sorted({native for native, _ in NORMS.values()}))
         )
         incomparable |= {"norm", "norm_bias"}
     external: dict[str, Any] = dict(
@@ -82,15 +85,15 @@ def _find_differences(config: ModelConfig, external: Mapping[str, Any], incompar
     """Return the fields in which the function of a model differs from that of a JSON configuration."""
     wanted = config.effective_fields()
     if "local" not in config.attention_pattern:
-        wanted["attention_pattern"] = ("global",)  # whatever its length
+        wanted["attention_pattern"] = ("global",)  # the pattern may have any length
     try:
-        found = make_model_config(read_model(external), "the exported configuration").effective_fields()
-    except CheckpointError as error:  # with these sizes it is not a valid model
+        exported = make_model_config(read_model(external), "the exported configuration").effective_fields()
+    except CheckpointError as error:  # the exported configuration is invalid, for example because of its sizes
         return [str(error)]
     return [
-        f"{key} = {value!r}, but must be {found.get(key)!r}"
+        f"{key} = {format_value(value)}, but must be {format_value(exported.get(key))}"
         for key, value in wanted.items()
-        if key not in incomparable and (key not in found or found[key] != value)
+        if key not in incomparable and (key not in exported or exported[key] != value)
     ]
 
 
@@ -130,14 +133,14 @@ def write_gptj(
         for nbytes in _write_npz(paths, leaves, target, slice_bytes):
             counter.add(nbytes)
 
-    size, more = divmod(len(leaves), NPZ_FILES)
-    rest = iter(leaves)
-    jobs = [
-        ([shard / f"{i}.npz" for shard in folders], list(itertools.islice(rest, size + (i < more))))
+    per_file, rest = divmod(len(leaves), NPZ_FILES)
+    remaining = iter(leaves)
+    file_groups = [  # the same file of all shards, and its leaves
+        ([shard / f"{i}.npz" for shard in folders], list(itertools.islice(remaining, per_file + (i < rest))))
         for i in range(NPZ_FILES)
     ]
-    jobs.sort(key=lambda job: -sum(leaf.nbytes(target) for leaf in job[1]))  # the last to finish should be small
-    for _ in run_bounded(functools.partial(write, *job) for job in jobs):
+    file_groups.sort(key=lambda group: -sum(leaf.nbytes(target) for leaf in group[1]))  # the smallest files end last
+    for _ in run_bounded(functools.partial(write, *group) for group in file_groups):
         pass
     meta = {"step": plan.step, "checkpoints": [plan.step], "aux": {str(plan.step): {}}}
     for name, table in (("config.json", external_config), ("meta.json", meta)):
@@ -152,12 +155,12 @@ def _find_weights(plan: ImportPlan) -> Weights:
     arrays = plan.values
     missing = [f"{name} is missing" for name in describe_weights(plan.config) if name not in arrays]
     raise_problems("the source lacks weights of the model; nothing was written", missing)
-    found: Weights = {}
+    weights: Weights = {}
     for spec, array in list_weights(plan.config, arrays):
         wrong = [f"{spec} has shape {array.shape}, expected {spec.shape}"] if array.shape != spec.shape else []
         raise_problems("a weight of the source has a wrong shape; nothing was written", wrong)
-        found[spec.name, spec.layer] = array, spec
-    return found
+        weights[spec.name, spec.layer] = array, spec
+    return weights
 
 
 class ShardedLeaf(NamedTuple):
@@ -165,7 +168,7 @@ class ShardedLeaf(NamedTuple):
 
     name: str
     values: Packed | InMemory
-    # Dimension that is split over shards; or "replicated"; otherwise shard 0 has all values, and the others are `fill`.
+    # Dimension that is split over shards; or "replicated"; or "sum" or "first": shard 0 has all values, the others have `fill`
     split: int | str
     fill: int = 0
 
@@ -194,7 +197,7 @@ def _make_leaf(leaf: Leaf, weights: Weights, d_model: int) -> ShardedLeaf:
 def _write_npz(
     paths: Sequence[Path], leaves: Sequence[ShardedLeaf], dtype: np.dtype, slice_bytes: int
 ) -> Iterator[int]:
-    """Write the same .npz file of every shard durably, then rename them; yield numbers of bytes read.
+    """Write the same .npz file of every shard durably, then rename them; yield the number of bytes read for each block.
 
     All shards are written together, so that a matrix that is split by columns is read only once.
     """
@@ -238,16 +241,16 @@ def _split(
     """Yield (member, values) for each shard that gets some of these rows, in the order of the member's bytes."""
     match leaf.split:
         case 0:
-            size = leaf.shape[0] // len(members)
-            for s in range(first // size, -(-(first + len(values)) // size)):
-                yield members[s], values[max(s * size - first, 0) : (s + 1) * size - first]
+            rows = leaf.shape[0] // len(members)
+            for s in range(first // rows, -(-(first + len(values)) // rows)):
+                yield members[s], values[max(s * rows - first, 0) : (s + 1) * rows - first]
         case int(dim):
             yield from zip(members, np.split(values, len(members), dim), strict=True)
         case "replicated":
             yield from ((member, values) for member in members)
         case _:
-            rest = np.full_like(values, leaf.fill)
-            yield from zip(members, [values, *[rest] * (len(members) - 1)], strict=True)
+            filled = np.full_like(values, leaf.fill)
+            yield from zip(members, [values, *[filled] * (len(members) - 1)], strict=True)
 
 
 def _read_blocks(leaf: ShardedLeaf, dtype: np.dtype, slice_bytes: int) -> Iterator[tuple[int, np.ndarray]]:

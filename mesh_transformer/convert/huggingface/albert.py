@@ -30,8 +30,8 @@ TENSORS = {
     **bert.pooler("albert.pooler"),
     **bert.classifier("classifier", alias="sop_classifier.classifier"),
 }
-COPIES = ("predictions.decoder.weight",)  # of the embedding matrix
-BIAS_COPIES = ("predictions.decoder.bias",)
+COPIES = ("predictions.decoder.weight",)  # copy of the embedding matrix
+BIAS_COPIES = ("predictions.decoder.bias",)  # copy of the bias of the head
 
 
 def name_heads(c: ModelConfig) -> dict[str, TensorMapping]:

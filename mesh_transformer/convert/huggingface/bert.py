@@ -11,9 +11,10 @@ One native model covers these classes of transformers, which differ in their hea
     BertForPreTraining            masked-lm   true    2
 
 Files often have tensors of heads that the class in config.json lacks, for example of a pooler in addition to a masked
-language-model head. These are imported as well. If the class has a classifier, they are left out with a note.
+language-model head. These heads are imported as well, unless the class has a classifier: then they are left out with a note.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -49,11 +50,11 @@ CLASSES = Classes(
 
 def norms(**modules: str) -> dict[str, TensorMapping]:
     """Return the mappings of scale and bias of layer norms; files made with TensorFlow call them gamma and beta."""
-    found: dict[str, TensorMapping] = {}
+    mappings: dict[str, TensorMapping] = {}
     for norm, module in modules.items():
-        found[f"{norm}/scale"] = TensorMapping(f"{module}.weight", "embed", aliases=(f"{module}.gamma",))
-        found[f"{norm}/bias"] = TensorMapping(f"{module}.bias", "embed", aliases=(f"{module}.beta",))
-    return found
+        mappings[f"{norm}/scale"] = TensorMapping(f"{module}.weight", "embed", aliases=(f"{module}.gamma",))
+        mappings[f"{norm}/bias"] = TensorMapping(f"{module}.bias", "embed", aliases=(f"{module}.beta",))
+    return mappings
 
 
 def embeddings(module: str) -> dict[str, TensorMapping]:
@@ -67,16 +68,16 @@ def embeddings(module: str) -> dict[str, TensorMapping]:
 
 
 def attention(module: str, output: str) -> dict[str, TensorMapping]:
-    """Return the mappings of self-attention."""
-    found: dict[str, TensorMapping] = {}
+    """Return the mappings of self-attention; `output` is the name of the output projection's module."""
+    mappings: dict[str, TensorMapping] = {}
     for name, heads in (("query", "heads"), ("key", "kv_heads"), ("value", "kv_heads")):
         x = name[0]
-        found |= linear(f"attention/w_{x}", f"{module}.{name}", f"{heads} head_dim", "embed", f"attention/b_{x}")
-    return found | linear("attention/w_o", output, "embed", "heads head_dim", "attention/b_o")
+        mappings |= linear(f"attention/w_{x}", f"{module}.{name}", f"{heads} head_dim", "embed", f"attention/b_{x}")
+    return mappings | linear("attention/w_o", output, "embed", "heads head_dim", "attention/b_o")
 
 
 def masked_lm_head(dense: str, norm: str, bias: str) -> dict[str, TensorMapping]:
-    """Return the mappings of a masked language-model head, whose matrix is that of the embeddings."""
+    """Return the mappings of a masked language-model head, whose output matrix is the embedding matrix."""
     return {
         **linear("masked_lm_head/w", dense, "embedding", "embed", "masked_lm_head/b"),
         **norms(**{"masked_lm_head/norm": norm}),
@@ -91,10 +92,10 @@ def pooler(module: str) -> dict[str, TensorMapping]:
 
 def classifier(module: str, alias: str = "") -> dict[str, TensorMapping]:
     """Return the mappings of the classifier; `alias` is another name of its module."""
-    found = linear("classifier/w", module, "labels", "pooled", "classifier/b")
+    mappings = linear("classifier/w", module, "labels", "pooled", "classifier/b")
     if not alias:
-        return found
-    return {key: mapping._replace(aliases=(mapping.name.replace(module, alias),)) for key, mapping in found.items()}
+        return mappings
+    return {key: mapping._replace(aliases=(mapping.name.replace(module, alias),)) for key, mapping in mappings.items()}
 
 
 def encoder_tensors(prefix: str) -> dict[str, TensorMapping]:
@@ -115,8 +116,8 @@ TENSORS = {
     **pooler("bert.pooler.dense"),
     **classifier("classifier", alias="cls.seq_relationship"),
 }
-COPIES = ("cls.predictions.decoder.weight",)  # of the embedding matrix
-BIAS_COPIES = ("cls.predictions.decoder.bias",)
+COPIES = ("cls.predictions.decoder.weight",)  # copy of the embedding matrix
+BIAS_COPIES = ("cls.predictions.decoder.bias",)  # copy of the bias of the head
 
 
 def name_heads(c: ModelConfig) -> dict[str, TensorMapping]:
@@ -140,7 +141,7 @@ def read_config(s: HFConfig) -> dict[str, Any]:
 
 
 def read_encoder(s: HFConfig) -> dict[str, Any]:
-    """Return the fields that BERT, RoBERTa and ALBERT share, without their heads."""
+    """Return the fields that BERT, RoBERTa and ALBERT share, except for the fields of the heads."""
     s.require("is_decoder", False)
     s.require("add_cross_attention", False)
     s.require("position_embedding_type", "absolute")
@@ -167,7 +168,7 @@ def read_heads(s: HFConfig, classes: Classes) -> dict[str, Any]:
     architecture = (s.table.get("architectures") or [None])[0]
     if architecture not in (*known, None):
         raise CheckpointError(
-            f"{s.where}: architectures = [{architecture!r}] is not supported; supported: {', '.join(known)}"
+            f"{s.where}: architectures = [{json.dumps(architecture)}] is not supported; supported: {', '.join(known)}"
         )
     s.require("tie_word_embeddings", True)
     has_classifier = architecture == classes.classification or (
@@ -182,12 +183,12 @@ def read_heads(s: HFConfig, classes: Classes) -> dict[str, Any]:
     is_pretraining = architecture == classes.pretraining and architecture is not None
     masked_lm = is_pretraining or architecture == classes.masked_lm or has(classes.masked_lm_tensor)
     has_pooler = is_pretraining or has(classes.pooler_tensor)
-    has_sentences = is_pretraining or (has_pooler and classes.sentence_tensor in s.tensors)
+    has_pair_classifier = is_pretraining or (has_pooler and classes.sentence_tensor in s.tensors)
     return dict(
         head="masked-lm" if masked_lm else "none",
         head_bias=masked_lm,
         pooler=has_pooler,
-        n_labels=(2 if s.kind == "bert" else read_n_labels(s)) if has_sentences else None,
+        n_labels=(2 if s.kind == "bert" else read_n_labels(s)) if has_pair_classifier else None,
     )
 
 
@@ -219,10 +220,10 @@ def write_encoder(c: ModelConfig) -> dict[str, Any]:
 
 
 def write_heads(c: ModelConfig, classes: Classes) -> dict[str, Any]:
-    """Return the class that has the heads of a model, and its number of labels."""
+    """Return the keys for the heads of a model: the class that has these heads, and the names of the labels."""
     if c.head == "masked-lm":
-        has_sentences = c.n_labels is not None and classes.pretraining is not None
-        architecture = classes.pretraining if has_sentences else classes.masked_lm
+        is_pretraining = c.n_labels is not None and classes.pretraining is not None
+        architecture = classes.pretraining if is_pretraining else classes.masked_lm
     else:
         architecture = classes.model if c.n_labels is None else classes.classification
     if c.n_labels is None:

@@ -25,7 +25,8 @@ def read_config(s: HFConfig) -> dict[str, Any]:
     """Return the [model] section for a BloomConfig."""
     s.require("apply_residual_connection_post_layernorm", False)
     if s["pretraining_tp"] > 1:
-        s.require("slow_but_exact", False)  # it leaves out biases
+        # with slow_but_exact, transformers leaves out the biases of output projections
+        s.require("slow_but_exact", False)
     return dict(
         n_layers=s["n_layer"],
         d_model=s.get("n_embed", "hidden_size"),

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Translate config.json to the native [model] section and back, with a pair of functions for each family."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -76,8 +77,10 @@ def read_gpt_neo(s: HFConfig) -> dict[str, Any]:
     """Return the [model] section for a GPTNeoConfig."""
     patterns = s.get("attention_types", default=[[["global", "local"], 12]])
     kinds = [kind for pattern, count in patterns for _ in range(count) for kind in pattern]
+    key = "attention_types"
     if "attention_layers" in s:
-        kinds = s["attention_layers"]
+        key = "attention_layers"
+        kinds = s[key]
     model = dict(
         n_layers=s["num_layers"], d_model=s["hidden_size"], n_heads=s["num_heads"], n_vocab=s["vocab_size"],
         seq_len=s["max_position_embeddings"], attention_pattern=list(kinds)[: dividing_period(kinds)],
@@ -87,7 +90,8 @@ def read_gpt_neo(s: HFConfig) -> dict[str, Any]:
     )  # fmt: skip
     if len(kinds) != model["n_layers"]:
         raise CheckpointError(
-            f"{s.where}: attention_types has {len(kinds)} layers, but num_layers = {model['n_layers']}"
+            f"{s.where}: {key} has {len(kinds)} layers, but num_layers = {model['n_layers']}; they must be equal, correct one "
+            "of them"
         )
     return model | {"d_ff": s.get("intermediate_size", default=4 * s["hidden_size"])}
 
@@ -126,8 +130,8 @@ def require_full_rotation(s: HFConfig, rope: Mapping[str, Any]) -> None:
     """Raise CheckpointError if rotary embeddings rotate only some dimensions of each head."""
     if rope.get("partial_rotary_factor", 1) != 1:
         raise CheckpointError(
-            f"{s.where}: partial_rotary_factor = {rope['partial_rotary_factor']!r} (of rope_parameters or rope_scaling) is "
-            "not supported; supported: 1"
+            f"{s.where}: partial_rotary_factor = {json.dumps(rope['partial_rotary_factor'])} (of rope_parameters or "
+            "rope_scaling) is not supported; supported: 1"
         )
 
 
@@ -140,7 +144,7 @@ def require_even(s: HFConfig, dims: int, *keys: str) -> int:
     return dims
 
 
-ROTATED = (
+ROTATION_KEYS = (  # keys that determine the number of rotated dimensions of a head
     "hidden_size",
     "num_attention_heads",
     "partial_rotary_factor",
@@ -160,7 +164,9 @@ def read_gpt_neox(s: HFConfig) -> dict[str, Any]:
         residual="parallel-two-norms" if s["use_parallel_residual"] else "serial",
         activation=s.translate(ACTIVATIONS, "hidden_act"), norm_eps=s["layer_norm_eps"],
         tied_embeddings=s["tie_word_embeddings"], init="neox",
-        rope_dims=require_even(s, int(s["hidden_size"] // s["num_attention_heads"] * rope["partial_rotary_factor"]), *ROTATED),
+        rope_dims=require_even(
+            s, int(s["hidden_size"] // s["num_attention_heads"] * rope["partial_rotary_factor"]), *ROTATION_KEYS
+        ),
     )  # fmt: skip
 
 
@@ -199,7 +205,8 @@ def read_llama(s: HFConfig) -> dict[str, Any]:
 def _read_windows(s: HFConfig, n_layers: int) -> dict[str, Any]:
     """Return the fields for sliding-window attention.
 
-    In Mistral and Mixtral all layers have a window; in Qwen those that layer_types names, by default the last ones.
+    In Mistral and Mixtral all layers have a window. In Qwen the layers with the layer_type sliding_attention have a window,
+    by default the layers from max_window_layers on.
     """
     if s.kind in ("mistral", "mixtral"):
         window = s["sliding_window"]
@@ -208,7 +215,7 @@ def _read_windows(s: HFConfig, n_layers: int) -> dict[str, Any]:
         window = s["sliding_window"] if s["use_sliding_window"] else None
         full = n_layers if window is None else min(s["max_window_layers"], n_layers)
         kinds = s.get("layer_types", default=["full_attention"] * full + ["sliding_attention"] * (n_layers - full))
-        s.was_read |= {"sliding_window", "max_window_layers"}  # without a window they have no effect
+        s.was_read |= {"sliding_window", "max_window_layers"}  # these keys have no effect without a window
     else:
         return {}
     pattern = read_layer_types(s, kinds, n_layers)
@@ -216,7 +223,8 @@ def _read_windows(s: HFConfig, n_layers: int) -> dict[str, Any]:
         return {}
     if window is None:
         raise CheckpointError(
-            f"{s.where}: layer_types has sliding_attention, but sliding_window is not in use; set it and use_sliding_window"
+            f"{s.where}: layer_types has sliding_attention, but sliding_window is not in use; set sliding_window and "
+            "use_sliding_window"
         )
     return dict(attention_pattern=pattern, attention_window=window)
 
@@ -228,7 +236,7 @@ def read_layer_types(s: HFConfig, types: list[str], n_layers: int) -> list[str]:
             f"{s.where}: layer_types = {str(types)[:100]} is not supported; layer_types must be {' or '.join(LAYER_TYPES)} for "
             f"each of {n_layers} layers"
         )
-    kinds = [LAYER_TYPES[each] for each in types]
+    kinds = [LAYER_TYPES[layer_type] for layer_type in types]
     return kinds[: dividing_period(kinds)]
 
 

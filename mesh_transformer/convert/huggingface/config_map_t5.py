@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Translate config.json of T5, mT5 and SwitchTransformers to the native [model] section and back (see config_map.py)."""
 
+import json
 from typing import Any
 
 from mesh_transformer.checkpoint.manifest import CheckpointError
@@ -33,17 +34,17 @@ def _write(c: ModelConfig) -> dict[str, Any]:
 
 
 def read_t5(s: HFConfig) -> dict[str, Any]:
-    """Return the [model] section for a T5Config or an MT5Config. Its "gated-gelu" is the tanh approximation.
+    """Return the [model] section for a T5Config or an MT5Config. Their "gated-gelu" is the tanh approximation.
 
-    In transformers 5 the embedding matrix is the head if the files have no head, for any tie_word_embeddings
-    (`Family.files_tie_head`). The logits of T5 are scaled according to scale_decoder_outputs; if it is absent, they are
-    scaled unless tie_word_embeddings is false.
+    In transformers 5 the embedding matrix is the head if the files lack the tensor of the head, regardless of
+    tie_word_embeddings (`Family.files_tie_head`). The logits of T5 are scaled according to scale_decoder_outputs; if this key
+    is absent, the logits are scaled unless tie_word_embeddings is false.
     """
     projection = s["feed_forward_proj"]
     kind, _, name = projection.rpartition("-")
     if kind not in ("", "gated"):
         raise CheckpointError(
-            f"{s.where}: feed_forward_proj = {projection!r} is not supported; supported: NAME or gated-NAME "
+            f"{s.where}: feed_forward_proj = {json.dumps(projection)} is not supported; supported: NAME or gated-NAME "
             "with the name of an activation"
         )
     # transformers computes both keys from feed_forward_proj if a file lacks them; files of transformers 5 have them.
@@ -52,8 +53,8 @@ def read_t5(s: HFConfig) -> dict[str, Any]:
     act = stored_act or ("gelu_new" if projection == "gated-gelu" else name)
     if act not in ACTIVATIONS:
         raise CheckpointError(
-            f"{s.where}: the activation {act!r} of dense_act_fn or feed_forward_proj is not supported; supported: "
-            + ", ".join(map(repr, ACTIVATIONS))
+            f"{s.where}: the activation {json.dumps(act)} of dense_act_fn or feed_forward_proj is not supported; supported: "
+            + ", ".join(map(json.dumps, ACTIVATIONS))
         )
     gated = kind == "gated" if stored_gate is None else stored_gate
     tied = s.find("tie_word_embeddings") is not False
@@ -76,7 +77,10 @@ def write_mt5(c: ModelConfig) -> dict[str, Any]:
 
 
 def read_switch(s: HFConfig) -> dict[str, Any]:
-    """Return the [model] section for a SwitchTransformersConfig; dropped tokens give zero, as in transformers 5."""
+    """Return the [model] section for a SwitchTransformersConfig.
+
+    The output of the experts for a dropped token is zero, as in transformers 5.
+    """
     s.require("router_bias", False)
     s.require("router_ignore_padding_tokens", False)
     s.require("router_dtype", "float32")
@@ -85,8 +89,8 @@ def read_switch(s: HFConfig) -> dict[str, Any]:
     steps = [_read_step(s, "encoder", model["n_encoder_layers"]), _read_step(s, "decoder", model["n_layers"])]
     if steps[0] != steps[1] or not 1 <= steps[0] <= 2:
         raise CheckpointError(
-            f"{s.where}: experts in one of {steps[0]} encoder layers and one of {steps[1]} decoder layers are not "
-            "supported; supported: every layer of both, or every second layer of both. This follows from num_layers, "
+            f"{s.where}: every N-th layer has experts, with N = {steps[0]} in the encoder and N = {steps[1]} in the decoder "
+            "(0: no layer has experts); supported: N = 1 or 2, the same in both. N follows from num_layers, "
             "num_decoder_layers, num_sparse_encoder_layers, num_sparse_decoder_layers, encoder_sparse_step, decoder_sparse_step"
         )
     experts = dict(
@@ -104,7 +108,7 @@ def _read_step(s: HFConfig, stack: str, layers: int) -> int:
     """Return N if every N-th layer has experts; 0 if none has them."""
     sparse = s[f"num_sparse_{stack}_layers"]
     step = layers // sparse if sparse > 0 else 0
-    return s.get(f"{stack}_sparse_step", default=step)  # transformers writes the result into the file
+    return s.get(f"{stack}_sparse_step", default=step)  # transformers stores the computed step in config.json
 
 
 def write_switch(c: ModelConfig) -> dict[str, Any]:

@@ -36,7 +36,7 @@ TENSORS = {
     "experts/selection_bias": TensorMapping(f"{M}.mlp.gate.e_score_correction_bias", "router"),
 }
 
-# Without effect in a model of which no layer has experts
+# Keys without effect if no layer of the model has experts
 EXPERT_KEYS = {
     "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "routed_scaling_factor",
     "norm_topk_prob", "n_group", "topk_group", "topk_method",
@@ -105,7 +105,7 @@ def _write(c: ModelConfig) -> dict[str, Any]:
     e = c.experts
     latent = c.latent_attention
     if latent is None:
-        raise CheckpointError("latent_attention = None, but DeepSeek requires it")
+        raise CheckpointError("latent_attention is unset, but DeepSeek models require it")
     shared = c.shared_ff_dim // c.expert_ff_dim if e and e.shared_expert else 0
     return dict(
         num_hidden_layers=c.n_layers, hidden_size=c.d_model, num_attention_heads=c.n_heads, vocab_size=c.n_vocab,

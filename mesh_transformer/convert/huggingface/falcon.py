@@ -2,10 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Falcon (arXiv 2311.16867): tensor names and config.json.
 
-Three forms: multi-query attention in parallel with the feed-forward layer (7B), grouped attention with one or two norms
+Three variants: multi-query attention in parallel with the feed-forward layer (7B), grouped attention with one or two norms
 (11B, 40B, 180B), and serial layers with ALiBi (RW).
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,7 +42,7 @@ TWO_NORMS = norms(norm_1=f"{H}.ln_attn", norm_2=f"{H}.ln_mlp")
 
 
 def name_norms(c: ModelConfig) -> Mapping[str, TensorMapping]:
-    """Return the mappings that differ from TENSORS: parallel branches with two norms have other names."""
+    """Return the mappings that differ from TENSORS: if the parallel branches have two norms, these have other names."""
     return TWO_NORMS if c.residual == "parallel-two-norms" else {}
 
 
@@ -53,15 +54,16 @@ def read_config(s: HFConfig) -> dict[str, Any]:
     heads = s["num_attention_heads"]
     if (grouped and not parallel) or n_norms not in ((None, 1, 2) if grouped else (None, 1)):
         raise CheckpointError(
-            f"{s.where}: parallel_attn = {parallel}, num_ln_in_parallel_attn = {n_norms!r} with new_decoder_architecture = "
-            f"{grouped} are not supported; supported: parallel_attn = True with num_ln_in_parallel_attn = None, 1 or 2 if "
-            "new_decoder_architecture, otherwise num_ln_in_parallel_attn = None or 1"
+            f"{s.where}: parallel_attn = {json.dumps(parallel)}, num_ln_in_parallel_attn = {json.dumps(n_norms)} with "
+            f"new_decoder_architecture = {json.dumps(grouped)} are not supported; supported: parallel_attn = true with "
+            "num_ln_in_parallel_attn = null, 1 or 2 if new_decoder_architecture is true, otherwise num_ln_in_parallel_attn = "
+            "null or 1"
         )
     multi_query = s["multi_query"] and not grouped
     kv_heads = 1 if multi_query else s.get("num_kv_heads", default=heads)
     if not grouped and not multi_query:
         s.require("num_kv_heads", heads)
-    s.was_read |= {"num_kv_heads", "rope_parameters", "rope_scaling"}  # without effect in the other forms
+    s.was_read |= {"num_kv_heads", "rope_parameters", "rope_scaling"}  # these keys have no effect in some variants
     positions: dict[str, Any] = dict(positions="falcon-alibi")
     if not s["alibi"]:
         rope, positions = read_rope(s)

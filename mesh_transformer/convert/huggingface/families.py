@@ -6,6 +6,7 @@ An entry of FAMILIES has the family's class in transformers, its tensor names, i
 reference implementation. A new family can define these in a new module and needs one entry here.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -54,17 +55,20 @@ class Family(NamedTuple):
     write_config: Callable[[ModelConfig], dict[str, Any]]
     # NumPy implementation: (tensors, config.json, tokens [B, T]) -> logits [B, T, V]; None: compare with transformers only
     reference: Callable[..., np.ndarray] | None
-    prefix: str  # prefix of tensor names that files of a model without a head lack
+    prefix: str  # prefix of tensor names; files of a model without a head lack it
     buffers: tuple[str, ...] = ()  # suffixes of names of tensors that are not weights
     left_out: tuple[str, ...] = ()  # prefixes of names of tensors that are not part of the text model
     copies: tuple[str, ...] = ()  # other names under which files may store the embedding matrix
     bias_copies: tuple[str, ...] = ()  # other names under which files may store the bias of the head
     heads: tuple[str, ...] = ()  # prefixes of names of tensors of heads, which are left out if the model lacks the head
-    # Whether files with an untied head must have the copies, because transformers does not tie the embeddings then
+    # True if files with an untied head must have the copies, because transformers then does not tie the embeddings
     needs_copies: bool = False
-    files_tie_head: bool = False  # whether the head is tied if the files lack its tensor, and untied if it differs
+    # True if the tensors decide: the head is tied if the files lack its tensor, and untied if that tensor differs from the
+    # embedding matrix
+    files_tie_head: bool = False
     experts_key: str = "num_local_experts"  # key of config.json with the number of experts
-    layers_after_last: str = ""  # purpose of layers after the last one in files, which are left out; "": none exist
+    # Purpose of extra layers that files have after the model's last layer; they are not imported. "": no extra layers
+    layers_after_last: str = ""
     variant: Callable[[ModelConfig], Mapping[str, TensorMapping]] | None = None  # mappings that depend on the model
 
     def mappings_of(self, config: ModelConfig) -> Mapping[str, TensorMapping]:
@@ -72,11 +76,12 @@ class Family(NamedTuple):
         return self.mappings if self.variant is None else {**self.mappings, **self.variant(config)}
 
 
-COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-POSITION_IDS = ("embeddings.position_ids", "embeddings.token_type_ids")  # buffers in older files of encoders
-UNUSED = (".EncDecAttention.relative_attention_bias.weight",)  # unused; stored in the first files of T5
+T5_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+T5_BUFFERS = (".EncDecAttention.relative_attention_bias.weight",)  # unused tensors in the first files of T5
+ENCODER_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")  # in older files of encoders
 
-LLAMA_CONFIG = (config_map.read_llama, config_map.write_llama, reference.run_llama, "model.", (".rotary_emb.inv_freq",))
+# read_config, write_config, reference, prefix and buffers
+LLAMA_FIELDS = (config_map.read_llama, config_map.write_llama, reference.run_llama, "model.", (".rotary_emb.inv_freq",))
 FAMILIES = {
     "gpt2": Family(
         "GPT2LMHeadModel",
@@ -114,21 +119,21 @@ FAMILIES = {
         "gpt_neox.",
         (".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"),
     ),
-    "llama": Family("LlamaForCausalLM", tensor_map.LLAMA, *LLAMA_CONFIG),
-    "mistral": Family("MistralForCausalLM", tensor_map.LLAMA, *LLAMA_CONFIG),
+    "llama": Family("LlamaForCausalLM", tensor_map.LLAMA, *LLAMA_FIELDS),
+    "mistral": Family("MistralForCausalLM", tensor_map.LLAMA, *LLAMA_FIELDS),
     "mixtral": Family(
-        "MixtralForCausalLM", tensor_map.MIXTRAL, config_map.read_mixtral, config_map.write_mixtral, *LLAMA_CONFIG[2:]
+        "MixtralForCausalLM", tensor_map.MIXTRAL, config_map.read_mixtral, config_map.write_mixtral, *LLAMA_FIELDS[2:]
     ),
-    "arcee": Family("ArceeForCausalLM", tensor_map.LLAMA, *LLAMA_CONFIG),  # without a gate in its feed-forward layers
-    "qwen2": Family("Qwen2ForCausalLM", tensor_map.LLAMA, *LLAMA_CONFIG),
-    "qwen3": Family("Qwen3ForCausalLM", tensor_map.QWEN3, *LLAMA_CONFIG),
+    "arcee": Family("ArceeForCausalLM", tensor_map.LLAMA, *LLAMA_FIELDS),  # without a gate in its feed-forward layers
+    "qwen2": Family("Qwen2ForCausalLM", tensor_map.LLAMA, *LLAMA_FIELDS),
+    "qwen3": Family("Qwen3ForCausalLM", tensor_map.QWEN3, *LLAMA_FIELDS),
     "qwen2_moe": Family(
         "Qwen2MoeForCausalLM",
         qwen_moe.QWEN2_MOE,
         qwen_moe.read_config,
         qwen_moe.write_qwen2_moe,
         None,
-        *LLAMA_CONFIG[3:],
+        *LLAMA_FIELDS[3:],
         experts_key="num_experts",
     ),
     "qwen3_moe": Family(
@@ -137,7 +142,7 @@ FAMILIES = {
         qwen_moe.read_config,
         qwen_moe.write_qwen3_moe,
         None,
-        *LLAMA_CONFIG[3:],
+        *LLAMA_FIELDS[3:],
         experts_key="num_experts",
     ),
     "deepseek_v2": Family(
@@ -146,7 +151,7 @@ FAMILIES = {
         deepseek.read_config,
         deepseek.write_v2,
         None,
-        *LLAMA_CONFIG[3:],
+        *LLAMA_FIELDS[3:],
         experts_key="n_routed_experts",
     ),
     "deepseek_v3": Family(
@@ -155,12 +160,12 @@ FAMILIES = {
         deepseek.read_config,
         deepseek.write_v3,
         None,
-        *LLAMA_CONFIG[3:],
+        *LLAMA_FIELDS[3:],
         experts_key="n_routed_experts",
         layers_after_last="multi-token prediction",
     ),
     "gpt_oss": Family(
-        "GptOssForCausalLM", gpt_oss.TENSORS, gpt_oss.read_config, gpt_oss.write_config, None, *LLAMA_CONFIG[3:]
+        "GptOssForCausalLM", gpt_oss.TENSORS, gpt_oss.read_config, gpt_oss.write_config, None, *LLAMA_FIELDS[3:]
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
@@ -169,7 +174,7 @@ FAMILIES = {
         gemma2.write_config,
         gemma2.run,
         "model.",
-        LLAMA_CONFIG[4],
+        LLAMA_FIELDS[4],
     ),
     "smollm3": Family(
         "SmolLM3ForCausalLM", tensor_map.LLAMA, smollm3.read_config, smollm3.write_config, None, "model."
@@ -226,8 +231,8 @@ FAMILIES = {
         config_map_t5.write_t5,
         run_t5,
         "",
-        UNUSED,
-        copies=COPIES,
+        T5_BUFFERS,
+        copies=T5_COPIES,
         files_tie_head=True,
     ),
     "mt5": Family(
@@ -237,8 +242,8 @@ FAMILIES = {
         config_map_t5.write_mt5,
         run_t5,
         "",
-        UNUSED,
-        copies=COPIES,
+        T5_BUFFERS,
+        copies=T5_COPIES,
         files_tie_head=True,
     ),
     "bert": Family(
@@ -248,7 +253,7 @@ FAMILIES = {
         bert.write_config,
         None,
         "bert.",
-        POSITION_IDS,
+        ENCODER_BUFFERS,
         copies=bert.COPIES,
         bias_copies=bert.BIAS_COPIES,
         heads=("cls.", "classifier."),
@@ -261,7 +266,7 @@ FAMILIES = {
         roberta.write_config,
         None,
         "roberta.",
-        POSITION_IDS,
+        ENCODER_BUFFERS,
         copies=roberta.COPIES,
         bias_copies=roberta.BIAS_COPIES,
         heads=("lm_head.", "classifier.", "roberta.pooler."),
@@ -274,7 +279,7 @@ FAMILIES = {
         albert.write_config,
         None,
         "albert.",
-        POSITION_IDS,
+        ENCODER_BUFFERS,
         copies=albert.COPIES,
         bias_copies=albert.BIAS_COPIES,
         heads=("predictions.", "sop_classifier.", "classifier."),
@@ -287,8 +292,8 @@ FAMILIES = {
         config_map_t5.write_switch,
         run_t5,
         "",
-        UNUSED,
-        copies=COPIES,
+        T5_BUFFERS,
+        copies=T5_COPIES,
         needs_copies=True,
         experts_key="num_experts",
     ),
@@ -319,7 +324,7 @@ def run_huggingface(
     if family is None or family.reference is None:
         supported = ", ".join(name for name, other in FAMILIES.items() if other.reference is not None)
         raise CheckpointError(
-            f"no reference implementation of model_type {kind!r}; supported: {supported}; use transformers"
+            f"no reference implementation of model_type {json.dumps(kind)}; supported: {supported}; use transformers"
         )
     merged = HFConfig(config, kind).merged()
     if kind in ENCODER_DECODER:

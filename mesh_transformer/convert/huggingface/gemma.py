@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gemma 1 (arXiv 2403.08295) and the text models of Gemma 3 (arXiv 2503.19786): tensor names and config.json."""
 
+import json
 from typing import Any
 
 from mesh_transformer.config import ModelConfig
@@ -33,7 +34,7 @@ GEMMA3_TEXT_PART = {
 IMAGE_PART = tuple(
     f"{prefix}{part}." for prefix in ("", "model.") for part in ("vision_tower", "multi_modal_projector")
 )
-# "gelu" in the first files means the tanh form
+# "gelu" in the first files means the tanh approximation
 GEMMA_ACTIVATIONS = ACTIVATIONS | {"gelu": "gelu-tanh"}
 
 
@@ -114,8 +115,8 @@ def _read_two_rotations(s: HFConfig, *, has_local: bool) -> dict[str, Any]:
     full, local = tables
     if local["rope_type"] != "default":
         raise CheckpointError(
-            f"{s.where}: rotary embeddings of type {local['rope_type']!r} in sliding_attention layers are not supported; "
-            "supported: 'default'"
+            f"{s.where}: rotary embeddings of type {json.dumps(local['rope_type'])} in sliding_attention layers are not "
+            'supported; supported: "default"'
         )
     fields: dict[str, Any] = {"rope_theta": float(full["rope_theta"])} | read_scaling(s, full)
     return fields | ({"rope_local_theta": float(local["rope_theta"])} if has_local else {})

@@ -89,10 +89,10 @@ def query_scalar(c: ModelConfig) -> int | float:
 
 
 def _inverse_square(scale: float) -> int | float:
-    """Return a query_pre_attn_scalar whose inverse square root is exactly `scale`, an integer if possible."""
+    """Return a query_pre_attn_scalar whose inverse square root is `scale`, exactly if possible: an integer or a float."""
     value = scale**-2
     candidates = (round(value), value, math.nextafter(value, 0.0), math.nextafter(value, math.inf))
-    return next((one for one in candidates if one > 0 and float(one) ** -0.5 == scale), value)
+    return next((n for n in candidates if n > 0 and float(n) ** -0.5 == scale), value)
 
 
 def run(t: ExternalTensors, c: Mapping[str, Any], tokens: np.ndarray) -> np.ndarray:
@@ -105,7 +105,7 @@ def run(t: ExternalTensors, c: Mapping[str, Any], tokens: np.ndarray) -> np.ndar
     scale = c["query_pre_attn_scalar"] ** -0.5
     activation = reference.ACTIVATIONS[c["hidden_activation"]]
 
-    def norm(name: str, x: np.ndarray) -> np.ndarray:  # the stored weight is the difference from 1
+    def norm(name: str, x: np.ndarray) -> np.ndarray:  # the stored weight is scale - 1
         return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * (1 + t.vector(f"{name}.weight"))
 
     x = t.rows("model.embed_tokens.weight", tokens) * np.float32(math.sqrt(c["hidden_size"]))

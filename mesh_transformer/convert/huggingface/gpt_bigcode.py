@@ -33,7 +33,7 @@ def read_config(s: HFConfig) -> dict[str, Any]:
     """Return the [model] section for a GPTBigCodeConfig."""
     s.require("add_cross_attention", False)
     kv_heads = 1 if s["multi_query"] else s["n_head"]
-    s.require("num_key_value_heads", kv_heads)  # a file may repeat what the class computes from multi_query
+    s.require("num_key_value_heads", kv_heads)  # a file may have this key, which the class computes from multi_query
     return dict(
         n_layers=s["n_layer"],
         d_model=s["n_embd"],

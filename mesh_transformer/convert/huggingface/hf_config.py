@@ -27,7 +27,7 @@ NO_EFFECT = {
     "losses and noise of training": (
         "output_router_logits add_router_probs router_aux_loss_coef router_z_loss_coef router_jitter_noise"
     ),
-    "what a call returns or caches": "use_cache",
+    "cache of a call": "use_cache",
     "special token IDs, stored in the metadata (SPECIAL_IDS in text_files.py)": (
         "bos_token_id eos_token_id pad_token_id decoder_start_token_id sep_token_id cls_token_id"
     ),
@@ -39,7 +39,8 @@ NO_EFFECT = {
     ),
 }
 KEYS_WITHOUT_EFFECT = {key for keys in NO_EFFECT.values() for key in keys.split()}
-# transformers sets these in the copies that it makes for the two stacks, or does not read them.
+# Further keys without effect, by model type: transformers sets them in its copies of the configuration for encoder and
+# decoder, or does not read them.
 NO_EFFECT_OF = {
     "gpt_neox": {"is_decoder"},
     "t5": {"is_decoder"},
@@ -82,9 +83,8 @@ class HFConfig:
         self.table = {self.aliases.get(key, key): value for key, value in in_order}
         self.was_read: set[str] = set()
         self.was_restricted: set[str] = set()  # keys of which only some values are supported
-        self.tensors: frozenset[str] = (
-            frozenset()
-        )  # names in the model's files, from which some readers determine its heads
+        # Names of the tensors in the model's files; some families' readers determine the heads of the model from them
+        self.tensors: frozenset[str] = frozenset()
 
     def __contains__(self, key: str) -> bool:
         """Return whether the file has the key, even if its value is null."""
@@ -109,7 +109,7 @@ class HFConfig:
         if "any" in allowed or found in allowed or (found == "int" and "float" in allowed):
             return
         raise CheckpointError(
-            f"{self.where}: {key} = {value!r} has the type {found}, but must have the type {' or '.join(allowed)}"
+            f"{self.where}: {key} = {json.dumps(value)} has the type {found}, but must have the type {' or '.join(allowed)}"
         )
 
     def find(self, key: str) -> Any:
@@ -122,15 +122,15 @@ class HFConfig:
         """Return the value of the first of `keys` in the file that is not null.
 
         If all of them are null, returns `default`; if the file has none of them, the default of the class, or else
-        `default`. Raises CheckpointError if the result is None.
+        `default`. Raises CheckpointError if there is no value.
         """
-        found = [self[key] for key in keys if key in self]
-        if not found:
-            found = [self[key] for key in keys if self.aliases.get(key, key) in self.fields]
-        value = next((value for value in found if value is not None), default)
+        values = [self[key] for key in keys if key in self]
+        if not values:
+            values = [self[key] for key in keys if self.aliases.get(key, key) in self.fields]
+        value = next((value for value in values if value is not None), default)
         self.was_read.update(self.aliases.get(key, key) for key in keys)
         if value is None:
-            raise CheckpointError(f"{self.where}: the key {' or '.join(keys)} is missing; add it")
+            raise CheckpointError(f"{self.where}: the key {' or '.join(keys)} is missing or null; set it")
         return value
 
     def require(self, key: str, *allowed: Any) -> None:
@@ -145,15 +145,17 @@ class HFConfig:
         if value is None and self.fields.get(key, (None,))[0] is None:
             return
         if value not in allowed:
-            supported = ", ".join(map(repr, allowed or (None,)))
-            raise CheckpointError(f"{self.where}: {key} = {value!r} is not supported; supported: {supported}")
+            supported = ", ".join(map(json.dumps, allowed or (None,)))
+            raise CheckpointError(f"{self.where}: {key} = {json.dumps(value)} is not supported; supported: {supported}")
 
     def translate(self, names: Mapping[Any, str], *keys: str, default: Any = None) -> str:
         """Return the native name of an external value. Raise CheckpointError if it is not in `names`."""
         value = self.get(*keys, default=default)
         if value not in names:
-            supported = ", ".join(map(repr, names))
-            raise CheckpointError(f"{self.where}: {keys[0]} = {value!r} is not supported; supported: {supported}")
+            supported = ", ".join(map(json.dumps, names))
+            raise CheckpointError(
+                f"{self.where}: {keys[0]} = {json.dumps(value)} is not supported; supported: {supported}"
+            )
         return names[value]
 
     def rope_parameters(self) -> dict[str, Any]:
@@ -169,8 +171,8 @@ class HFConfig:
         rope = dict(self.find("rope_scaling") or stored)
         rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
         rope.pop("type", None)
-        for name, outside in (NEOX_TOP_LEVEL if self.kind == "gpt_neox" else TOP_LEVEL).items():
-            value = self[outside] if outside in self else defaults.get(name)
+        for name, top_level in (NEOX_TOP_LEVEL if self.kind == "gpt_neox" else TOP_LEVEL).items():
+            value = self[top_level] if top_level in self else defaults.get(name)
             if value is not None:
                 rope.setdefault(name, value)
         if rope["rope_type"] in ROPE_WITH_TRAINED_LENGTH:
@@ -184,7 +186,7 @@ class HFConfig:
             value = rope.get(name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise CheckpointError(
-                    f"{self.where}: {name} = {rope[name]!r} of the rotary embeddings is not a number; set it to a number"
+                    f"{self.where}: {name} = {json.dumps(value)} of the rotary embeddings is not a number; set it to a number"
                 )
         return rope
 
@@ -197,7 +199,10 @@ class HFConfig:
         return fields
 
     def keys_by_treatment(self) -> tuple[list[str], list[str]]:
-        """Return, after reading, the fields of the class with all values supported, and those with some values rejected."""
+        """Return the class's fields of which all values are supported, and the fields of which some values are rejected.
+
+        Must be called after a reader has read the configuration.
+        """
         effective = [key for key in self.fields if key not in KEYS_WITHOUT_EFFECT | NO_EFFECT_OF.get(self.kind, set())]
         honored = [key for key in effective if key in self.was_read - self.was_restricted]
         return honored, [key for key in effective if key not in honored]
@@ -214,11 +219,13 @@ class HFConfig:
         for key in keys:
             default = self.fields.get(key, (None,))[0]
             if self.table[key] != default:
-                unread.append(f"{key} = {self.table[key]!r} is not supported; supported: {default!r}")
+                unread.append(
+                    f"{key} = {json.dumps(self.table[key])} is not supported; supported: {json.dumps(default)}"
+                )
         if unread:
             raise CheckpointError(f"{self.where}: {'; '.join(unread)}")
 
 
-# Names in the rope parameters, and the keys of config.json from which transformers takes them if they are not there.
+# Rope parameters, each with the top-level key of config.json that transformers reads if rope_parameters lacks it.
 TOP_LEVEL = {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
 NEOX_TOP_LEVEL = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}

@@ -2,10 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """MPT (MosaicML 2023, github.com/mosaicml/llm-foundry): tensor names and config.json.
 
-transformers ignores some keys that MosaicML's training code uses. A model with a value of such a key for which the two differ
-is rejected.
+transformers ignores some keys that MosaicML's training code uses. A config.json is rejected if the value of such a key gives
+another function in the training code than in transformers.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,8 +41,8 @@ def read_config(s: HFConfig) -> dict[str, Any]:
     for key, allowed in REQUIRED.items():
         if attention.get(key, allowed) != allowed:
             raise CheckpointError(
-                f"{s.where}: attn_config.{key} = {attention[key]!r} is not supported; supported: {allowed!r}, the only "
-                "value that transformers implements"
+                f"{s.where}: attn_config.{key} = {json.dumps(attention[key])} is not supported; supported: {json.dumps(allowed)}, "
+                "the only value that transformers implements"
             )
     scale = attention.get("softmax_scale")
     return dict(

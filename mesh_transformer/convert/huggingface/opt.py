@@ -23,7 +23,7 @@ TENSORS = {
 
 
 def read_config(s: HFConfig) -> dict[str, Any]:
-    """Return the [model] section for an OPTConfig. The first two rows of its position embeddings are not used."""
+    """Return the [model] section for an OPTConfig. OPT does not use the first two rows of its position embeddings."""
     s.require("do_layer_norm_before", True)
     s.require("_remove_final_layer_norm", False)
     s.require("layer_norm_elementwise_affine", True)

@@ -32,7 +32,7 @@ def read_config(s: HFConfig) -> dict[str, Any]:
     """Return the [model] section for a Phi3Config."""
     rope = s.rope_parameters()
     s.was_read.add("original_max_position_embeddings")  # without effect if the frequencies are not scaled
-    if rope["rope_type"] in ("su", "yarn"):  # names in the first files
+    if rope["rope_type"] in ("su", "yarn"):  # names of longrope in the first files
         rope["rope_type"] = "longrope"
     heads = s["num_attention_heads"]
     d_head = s.find("head_dim") or s["hidden_size"] // heads

@@ -21,7 +21,7 @@ GATE = {"feed_forward/output_gate": TensorMapping(f"{M}.mlp.shared_expert_gate.w
 QWEN2_MOE = LLAMA | EXPERTS | shared_expert("feed_forward", f"{M}.mlp.shared_expert") | GATE
 QWEN3_MOE = QWEN3 | EXPERTS
 
-# Without effect in a model of which no layer has experts
+# Keys without effect if no layer of the model has experts
 EXPERT_KEYS = {
     "num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob", "moe_intermediate_size",
     "shared_expert_intermediate_size",
@@ -65,13 +65,13 @@ def _read_experts(s: HFConfig, dense: set[int]) -> dict[str, Any]:
 
 
 def _read_windows(s: HFConfig, n_layers: int) -> dict[str, Any]:
-    """Return the fields for sliding-window attention: in all layers of Qwen3-MoE, and in those of Qwen2-MoE's layer_types.
+    """Return the fields for sliding-window attention: in all layers of Qwen3-MoE, by layer_types in Qwen2-MoE.
 
-    Source: Qwen2MoeConfig.__post_init__ for the layers that layer_types names if it is absent.
+    The default of layer_types is computed as in Qwen2MoeConfig.__post_init__ of transformers.
     """
     window = s["sliding_window"] if s["use_sliding_window"] else None
     if s.kind == "qwen3_moe":
-        s.was_read |= {"sliding_window"}  # without a window it has no effect
+        s.was_read |= {"sliding_window"}  # this key has no effect without use_sliding_window
         return {} if window is None else dict(attention_pattern=["local"], attention_window=window)
     first = s["max_window_layers"] if window else 0
     alternating = [("sliding_attention", "full_attention")[i % 2 or i >= first] for i in range(n_layers)]
@@ -81,7 +81,7 @@ def _read_windows(s: HFConfig, n_layers: int) -> dict[str, Any]:
 
 
 def write_config(c: ModelConfig) -> dict[str, Any]:
-    """Return the keys of a Qwen2MoeConfig, and those of a Qwen3MoeConfig that it lacks."""
+    """Return the keys for the fields that Qwen2-MoE and Qwen3-MoE share, and shared_expert_intermediate_size of Qwen2-MoE."""
     e = c.experts
     has_windows = "local" in c.attention_pattern
     table = dict(

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plan the import of Hugging Face model folders, and pack native arrays into tensors for an export.
 
-The names and layouts of tensors are in tensor_map.py, those of configuration keys in config_map.py.
+Names and layouts of tensors are in tensor_map.py, names of configuration keys in config_map.py.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mesh_transformer.config import ModelConfig
+from mesh_transformer.config import ModelConfig, format_value
 from mesh_transformer.convert.huggingface.families import FAMILIES, Family
 from mesh_transformer.convert.huggingface.hf_config import HFConfig, recorded_classes
 from mesh_transformer.convert.huggingface.quantized.formats import open_tensors
@@ -82,8 +82,8 @@ def open_huggingface(folder: AnyPath) -> ImportPlan:
         notes.append(f"{copy} equals {original} and is stored once")
     if other_heads := sorted(name for name in tensors if name not in used and name.startswith(family.heads)):
         used.update(other_heads)
-        architectures = external_config.table.get("architectures")
-        notes.append(f"tensors of heads that {architectures} does not have are left out: {', '.join(other_heads)}")
+        architecture = ", ".join(external_config.table.get("architectures") or ("the model",))
+        notes.append(f"tensors of heads that {architecture} does not have are left out: {', '.join(other_heads)}")
     if family.layers_after_last and (extra := _find_later_layers(tensors, family, config.n_layers)):
         used |= extra
         tensor = "1 tensor" if len(extra) == 1 else f"{len(extra)} tensors"
@@ -117,7 +117,9 @@ def read_config(folder: AnyPath) -> tuple[HFConfig, Family]:
             f"{path}: not a model configuration, which is a JSON object with model_type: {type(error).__name__}: {error}"
         ) from None
     if kind not in FAMILIES:
-        raise CheckpointError(f"{path}: model_type {kind!r} is not supported; supported: {', '.join(FAMILIES)}")
+        raise CheckpointError(
+            f"{path}: model_type {json.dumps(kind)} is not supported; supported: {', '.join(FAMILIES)}"
+        )
     return HFConfig(table, path), FAMILIES[kind]
 
 
@@ -138,7 +140,11 @@ def read_model(s: HFConfig, family: Family) -> dict[str, Any]:
 def _list_keys(s: HFConfig, message: str) -> str:
     """Return a phrase with the keys of config.json whose values an error about native fields mentions."""
     values = set(re.findall(r"=([\w.]+)", message))
-    keys = [f"{key} = {s[key]!r}" for key in sorted(s.was_read) if key in s and str(s[key]) in values]
+    keys = [
+        f"{key} = {json.dumps(s[key])}"
+        for key in sorted(s.was_read)
+        if key in s and {str(s[key]), json.dumps(s[key])} & values
+    ]
     return f" ({CONFIG} has {', '.join(keys)})" if keys else ""
 
 
@@ -157,9 +163,11 @@ def find_family(config: ModelConfig, preferred: str | None = None) -> tuple[str,
             external = HFConfig(table, kind)
             external.tensors = exported_names(config, family)
             found = make_model_config(read_model(external, family), kind).effective_fields()
-        except (CheckpointError, KeyError):  # this family has no valid model of these sizes, or not this activation
+        except (CheckpointError, KeyError):  # the family has no model of these sizes, or not this activation
             found = {}
-        differences[kind] = [f"{key} = {value!r}" for key, value in wanted.items() if found.get(key) != value]
+        differences[kind] = [
+            f"{key} = {format_value(value)}" for key, value in wanted.items() if found.get(key) != value
+        ]
         if not differences[kind]:
             return kind, table
     nearest = min(differences, key=lambda kind: len(differences[kind]))
@@ -202,13 +210,13 @@ def pack_tensors(config: ModelConfig, arrays: Mapping[str, LazyArray], family: F
         for e in range(spec.shape[0]):
             components.setdefault(name.replace("{e}", str(e)), []).append((mapping, Index(array, e), spec.expert()))
     tensors: dict[str, Packed | Joined] = {}
-    for name, found in components.items():
-        found.sort(key=lambda component: component[0].component)
-        pattern, split = found[0][0].pattern, found[0][0].split
+    for name, group in components.items():
+        group.sort(key=lambda component: component[0].component)
+        pattern, split = group[0][0].pattern, group[0][0].split
         if split is None:
-            tensors[name] = Packed([array for _, array, _ in found], pattern, [spec.axes for _, _, spec in found])
+            tensors[name] = Packed([array for _, array, _ in group], pattern, [spec.axes for _, _, spec in group])
         else:
-            parts = [Packed([array], mapping.pattern, [spec.axes]) for mapping, array, spec in found]
+            parts = [Packed([array], mapping.pattern, [spec.axes]) for mapping, array, spec in group]
             tensors[name] = Joined(parts, split(config))
     if family.needs_copies and not config.tied_embeddings:
         tensors.update(dict.fromkeys(family.copies, tensors[family.mappings["w_tokens"].name]))
@@ -278,10 +286,10 @@ def _is_head_tied(tensors: Mapping[str, LazyArray], family: Family, expected: bo
 
 
 def _find_later_layers(tensors: Mapping[str, Any], family: Family, n_layers: int) -> set[str]:
-    """Return the names of tensors of layers after the last one of the model."""
+    """Return the names of the tensors of layers after the model's last layer."""
     pattern = re.compile(rf"({re.escape(family.prefix)})?layers\.(\d+)\.")
-    found = ((name, pattern.match(name)) for name in tensors)
-    return {name for name, match in found if match and int(match[2]) >= n_layers}
+    matches = ((name, pattern.match(name)) for name in tensors)
+    return {name for name, match in matches if match and int(match[2]) >= n_layers}
 
 
 def _is_zero_bias(name: str, tensors: Mapping[str, LazyArray]) -> bool:

@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """NumPy reference implementations of decoder-only Hugging Face models, computed from the tensors of their files.
 
-The logits of conversions are compared with theirs. They share no code with the importer's tensor names and layouts, so they
-reveal mistakes of these. Both read config.json through `HFConfig`, so only a comparison with transformers reveals a mistake
-there (library_logits.py). Only a few rows of a weight are in memory at a time.
+A conversion is verified by comparing its logits with those of the reference implementation. The reference shares no code
+with the importer's tensor names and layouts, so the comparison reveals mistakes in them. Importer and reference both read
+config.json through `HFConfig`, so only a comparison with transformers (library_logits.py) reveals mistakes in `HFConfig`.
+Only a few rows of a weight are in memory at a time.
 """
 
 import math
@@ -16,7 +17,7 @@ import scipy.special
 
 from mesh_transformer.convert.lazy_arrays import LazyArray, full_index
 
-BLOCK_BYTES = 16_000_000  # rows of a weight in float32 that are in memory at once
+BLOCK_BYTES = 16_000_000  # bytes of the float32 rows of a weight that are in memory at once
 Array = np.ndarray
 
 
@@ -267,8 +268,8 @@ def _run_experts(
 def _llama_windows(c: Mapping[str, Any], kind: str) -> list[int | None]:
     """Return the attention window of each layer.
 
-    In Mistral and Mixtral all layers have a window; in Qwen those that layer_types names, by default those from
-    max_window_layers on.
+    In Mistral and Mixtral all layers have a window. In Qwen the layers with the layer_type sliding_attention have a window,
+    by default the layers from max_window_layers on.
     """
     layers = range(c["num_hidden_layers"])
     if kind in ("mistral", "mixtral"):
@@ -276,26 +277,26 @@ def _llama_windows(c: Mapping[str, Any], kind: str) -> list[int | None]:
     if kind in ("llama", "arcee") or not c["use_sliding_window"]:
         return [None for _ in layers]
     if c["layer_types"]:
-        return [c["sliding_window"] if named == "sliding_attention" else None for named in c["layer_types"]]
+        return [c["sliding_window"] if name == "sliding_attention" else None for name in c["layer_types"]]
     return [c["sliding_window"] if i >= c["max_window_layers"] else None for i in layers]
 
 
 def _rope_frequencies(rope: Mapping[str, Any], r: int) -> Array:
     """Return the RoPE frequencies.
 
-    Llama 3.1 divides them by `factor` for wavelengths above trained length / low_freq_factor, keeps those below trained
-    length / high_freq_factor, and interpolates between the two.
+    Llama 3.1 divides the frequencies with wavelengths above trained length / low_freq_factor by `factor`, keeps the
+    frequencies with wavelengths below trained length / high_freq_factor, and interpolates between these two cases.
     """
-    found = rope["rope_theta"] ** (-np.arange(0, r, 2) / r)
+    frequencies = rope["rope_theta"] ** (-np.arange(0, r, 2) / r)
     if rope["rope_type"] != "llama3":
-        return found
-    wavelength = 2 * math.pi / found
+        return frequencies
+    wavelength = 2 * math.pi / frequencies
     trained = rope["original_max_position_embeddings"]
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     smooth = (trained / wavelength - low) / (high - low)
-    interpolated = (1 - smooth) * found / rope["factor"] + smooth * found
-    is_high = wavelength < trained / high
-    return np.where(wavelength > trained / low, found / rope["factor"], np.where(is_high, found, interpolated))
+    interpolated = (1 - smooth) * frequencies / rope["factor"] + smooth * frequencies
+    kept_or_interpolated = np.where(wavelength < trained / high, frequencies, interpolated)
+    return np.where(wavelength > trained / low, frequencies / rope["factor"], kept_or_interpolated)
 
 
 def _head(t: ExternalTensors, c: Mapping[str, Any], x: Array, head: str, embedding: str) -> Array:

@@ -42,7 +42,7 @@ def _run_stack(
     is_encoder = encoder_output is None
     x = t.rows("shared.weight", tokens)
     positions = np.arange(tokens.shape[1])
-    offset = positions[None] - positions[:, None]  # of the key from the query
+    offset = positions[None] - positions[:, None]  # position of the key minus position of the query
     table = t.vector(f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
     bias = np.moveaxis(table[_bucket(offset, c, two_sided=is_encoder)], -1, 0)[None]
     bias = np.where((mask if is_encoder else np.ones_like(tokens))[:, None, None] > 0, bias, -np.inf)
@@ -81,7 +81,8 @@ def _feed_forward(t: ExternalTensors, c: Mapping[str, Any], name: str, x: Array)
     y = np.zeros_like(x)
     for e in range(c["num_experts"]):
         is_routed = expert == e
-        is_routed &= np.cumsum(is_routed, axis=1) <= c["expert_capacity"]  # the first tokens of each sequence
+        # The capacity of an expert is filled by the first tokens of each sequence that are routed to it
+        is_routed &= np.cumsum(is_routed, axis=1) <= c["expert_capacity"]
         if is_routed.any():
             y[is_routed] = p[is_routed][:, e, None] * _dense(t, c, f"{name}mlp.experts.expert_{e}", x[is_routed])
     return y

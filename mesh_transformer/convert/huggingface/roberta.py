@@ -6,6 +6,7 @@ The position embeddings have pad_token_id + 1 rows before the row of the first p
 tokens. All rows are imported and exported. The first layer of the classification head is imported as the pooler of BERT.
 """
 
+import json
 from typing import Any
 
 from mesh_transformer.config import ModelConfig
@@ -29,8 +30,8 @@ TENSORS = {
     **bert.pooler("roberta.pooler.dense"),
     **bert.classifier("classifier.out_proj"),
 }
-COPIES = ("lm_head.decoder.weight",)  # of the embedding matrix
-BIAS_COPIES = ("lm_head.decoder.bias",)
+COPIES = ("lm_head.decoder.weight",)  # copy of the embedding matrix
+BIAS_COPIES = ("lm_head.decoder.bias",)  # copy of the bias of the head
 
 
 def name_heads(c: ModelConfig) -> dict[str, TensorMapping]:
@@ -45,9 +46,13 @@ def read_config(s: HFConfig) -> dict[str, Any]:
     padding = s["pad_token_id"]
     model = bert.read_encoder(s) | bert.read_heads(s, CLASSES)
     if padding is None:
-        raise CheckpointError(f"{s.where}: pad_token_id is null, but the first position is pad_token_id + 1; set it")
+        raise CheckpointError(
+            f"{s.where}: pad_token_id is null, but the first position is in row pad_token_id + 1; set pad_token_id"
+        )
     if model["head"] == "masked-lm" and model["activation"] != "gelu-erf":  # RobertaLMHead always uses the exact GELU
-        raise CheckpointError(f"{s.where}: hidden_act = {s['hidden_act']!r} is not supported; supported: 'gelu'")
+        raise CheckpointError(
+            f'{s.where}: hidden_act = {json.dumps(s["hidden_act"])} is not supported; supported: "gelu"'
+        )
     rows = model["seq_len"]
     return model | dict(seq_len=rows - padding - 1, position_offset=padding + 1, position_padding_token=padding)
 

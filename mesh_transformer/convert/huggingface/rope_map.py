@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Translate the rope parameters of config.json to `[model.rope_scaling]` and back, by their type in transformers."""
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -11,8 +12,9 @@ from mesh_transformer.config.rope import FIELDS
 from mesh_transformer.convert.huggingface.hf_config import HFConfig
 from mesh_transformer.storage.errors import CheckpointError
 
-TRAINED_LEN = "original_max_position_embeddings"
-EXTERNAL = {"original_seq_len": TRAINED_LEN}  # names that differ
+TRAINED_LEN_KEY = "original_max_position_embeddings"
+# native name -> name in config.json, where they differ
+EXTERNAL = {"original_seq_len": TRAINED_LEN_KEY}
 
 
 def read_rope(s: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -28,24 +30,24 @@ def read_scaling(s: HFConfig, rope: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     if kind not in FIELDS:
         raise CheckpointError(
-            f"{s.where}: rotary embeddings of type {kind!r} are not supported; supported: 'default', "
-            + ", ".join(map(repr, FIELDS))
+            f'{s.where}: rotary embeddings of type {json.dumps(kind)} are not supported; supported: "default", '
+            + ", ".join(map(json.dumps, FIELDS))
         )
     values: dict[str, Any] = {"factor": rope.get("factor"), "attention_factor": rope.get("attention_factor")} | dict(
         rope
     )
     if kind == "dynamic":
-        values[TRAINED_LEN] = s["max_position_embeddings"]
+        values[TRAINED_LEN_KEY] = s["max_position_embeddings"]
     # For yarn, transformers requires the key factor, but accepts null.
     if kind == "longrope" or (kind == "yarn" and "factor" in rope):
-        values["factor"] = values["factor"] or s["max_position_embeddings"] / values[TRAINED_LEN]
+        values["factor"] = values["factor"] or s["max_position_embeddings"] / values[TRAINED_LEN_KEY]
     if kind == "longrope" and values["attention_factor"] is None:
-        values["attention_factor"] = longrope_scale(values["factor"], values[TRAINED_LEN])
+        values["attention_factor"] = longrope_scale(values["factor"], values[TRAINED_LEN_KEY])
     required, optional = FIELDS[kind]
     found = {name: values.get(EXTERNAL.get(name, name)) for name in (*required, *optional)}
     if missing := [EXTERNAL.get(name, name) for name in required if found[name] is None]:
         raise CheckpointError(
-            f"{s.where}: rotary embeddings of type {kind!r} need {', '.join(missing)} in rope_parameters"
+            f"{s.where}: rotary embeddings of type {json.dumps(kind)} need {', '.join(missing)} in rope_parameters"
         )
     return {"rope_scaling": {"type": kind} | {name: _plain(name, x) for name, x in found.items() if x is not None}}
 
@@ -62,7 +64,7 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def write_rope(c: ModelConfig) -> dict[str, Any]:
-    """Return the rope parameters, with the keys before and since transformers 5."""
+    """Return the rope parameters under the keys of transformers 4 (rope_scaling) and of transformers 5 (rope_parameters)."""
     scaling = write_scaling(c)
     table: dict[str, Any] = {"rope_theta": c.rope_theta, "rope_parameters": scaling | {"rope_theta": c.rope_theta}}
     return table if c.rope_scaling is None else table | {"rope_scaling": scaling}
@@ -85,5 +87,5 @@ def write_scaling(c: ModelConfig) -> dict[str, Any]:
     found = {name: getattr(scaling, name) for name in (*required, *optional)}
     found = {name: list(x) if isinstance(x, tuple) else x for name, x in found.items() if x is not None}
     if scaling.type == "dynamic":
-        del found["original_seq_len"]  # it is max_position_embeddings
+        del found["original_seq_len"]  # transformers reads max_position_embeddings instead
     return {"rope_type": scaling.type} | {EXTERNAL.get(name, name): value for name, value in found.items()}

@@ -22,7 +22,7 @@ def read_config(s: HFConfig) -> dict[str, Any]:
         )
     rope_pattern = shortest_pattern([bool(x) for x in rotates[:n_layers]])
     window = s["sliding_window"] if s["use_sliding_window"] else None
-    s.was_read.add("sliding_window")  # without effect if it is not in use
+    s.was_read.add("sliding_window")  # this key has no effect without use_sliding_window
     types = ["full_attention" if x or window is None else "sliding_attention" for x in rotates[:n_layers]]
     pattern = read_layer_types(s, s.get("layer_types", default=types), n_layers)
     model |= dict(rope_pattern=list(rope_pattern))
@@ -30,7 +30,8 @@ def read_config(s: HFConfig) -> dict[str, Any]:
         return model
     if window is None:
         raise CheckpointError(
-            f"{s.where}: layer_types has sliding_attention, but sliding_window is not in use; set it and use_sliding_window"
+            f"{s.where}: layer_types has sliding_attention, but sliding_window is not in use; set sliding_window and "
+            "use_sliding_window"
         )
     return model | dict(attention_pattern=pattern, attention_window=window)
 
@@ -40,7 +41,7 @@ def write_config(c: ModelConfig) -> dict[str, Any]:
     table = {key: value for key, value in write_llama(c).items() if key != "max_window_layers"}
     is_local = "local" in c.attention_pattern
     return table | dict(
-        no_rope_layers=[int(kind) for kind in (c.rope_pattern * c.n_layers)[: c.n_layers]],
+        no_rope_layers=[int(rotates) for rotates in (c.rope_pattern * c.n_layers)[: c.n_layers]],
         layer_types=write_layer_types(c),
         use_sliding_window=is_local,
         sliding_window=c.attention_window if is_local else None,

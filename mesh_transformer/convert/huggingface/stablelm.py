@@ -10,7 +10,7 @@ from mesh_transformer.convert.huggingface.hf_config import HFConfig
 from mesh_transformer.convert.huggingface.rope_map import read_rope, write_partial_rope
 from mesh_transformer.convert.huggingface.tensor_map import LLAMA, M, TensorMapping
 
-# The norms have one tensor for each head; {e} is the index of the head here
+# The norms of queries and keys have one tensor for each head; {e} is the index of the head here
 TENSORS = LLAMA | {
     f"attention/norm_{x}/scale": TensorMapping(f"{M}.self_attn.{x}_layernorm.norms.{{e}}.weight", "head_dim")
     for x in "qk"

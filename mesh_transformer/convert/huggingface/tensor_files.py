@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensor files: read and write safetensors, read pytorch_model.bin without PyTorch, and locate the arrays of .npz files.
 
-safetensors: eight bytes with the length of the header (little endian), the header (JSON: name -> dtype, shape,
-data_offsets from its end), the values. A .bin is a zip archive: the member data.pkl describes how storages form tensors,
-and each storage is an uncompressed member. In each format a tensor is a range of bytes in a file. The readers return these
-ranges without reading values.
+A safetensors file is eight bytes with the length of the header (little endian), the header (JSON: name -> dtype, shape, and
+data_offsets, which count from the end of the header), and the values. A .bin file is a zip archive: the member data.pkl
+describes how storages form tensors, and each storage is an uncompressed member. In each format a tensor is a range of bytes
+in a file. The readers return these ranges without reading values.
 """
 
 import collections
@@ -75,8 +75,8 @@ def read_safetensors(path: AnyPath) -> dict[str, FileArray]:
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
             raise CheckpointError(
-                f"{path}: not a safetensors file, or truncated: header of {length} bytes, file of {size}; copy or download it "
-                "again"
+                f"{path}: not a safetensors file, or truncated: the stated header length is {length:,} bytes, but the file has "
+                f"{size:,} bytes; copy or download it again"
             )
         raw = file.read(length)
     try:
@@ -98,7 +98,7 @@ def read_safetensors(path: AnyPath) -> dict[str, FileArray]:
 
 
 def read_torch(path: AnyPath) -> dict[str, FileArray]:
-    """Return the tensors of a .bin file. Its unpickler only knows tensors and does not run any code in the file."""
+    """Return the tensors of a .bin file. The unpickler accepts only tensors and does not run any code in the file."""
     try:
         with path.open("rb") as file:
             if file.read(len(ZIP_MARK)) != ZIP_MARK:
@@ -127,10 +127,10 @@ def read_torch(path: AnyPath) -> dict[str, FileArray]:
 def _read_legacy(path: AnyPath) -> tuple[Any, dict[str, int]]:
     """Return the state_dict of a file of PyTorch before 1.6, and the offset of each storage's values.
 
-    Such a file is a sequence of pickles: a number, the version, facts about the machine, the state_dict and the keys of its
-    storages; then the length and the values of each storage.
+    Such a file is a sequence of pickles: a magic number, the version, properties of the machine, the state_dict, and the keys
+    of the storages. The length and the values of each storage follow.
     """
-    size = path.stat().st_size
+    file_nbytes = path.stat().st_size
     with path.open("rb") as file:
         if _Unpickler(file).load() != LEGACY_NUMBER:
             raise pickle.UnpicklingError("it does not begin with the magic number of PyTorch's format")
@@ -144,9 +144,9 @@ def _read_legacy(path: AnyPath) -> tuple[Any, dict[str, int]]:
             (count,) = struct.unpack("<q", file.read(8))
             offsets[str(key)] = file.tell()
             end = file.seek(count * to_dtype(unpickler.storages[str(key)]).itemsize, os.SEEK_CUR)
-            if end > size:
+            if end > file_nbytes:
                 raise CheckpointError(
-                    f"{path}: {size:,} bytes, but its tensors end at {end:,}; copy or download it again"
+                    f"{path}: {file_nbytes:,} bytes, but its tensors end at {end:,}; copy or download it again"
                 )
     return tree, offsets
 
@@ -173,7 +173,11 @@ def _name_tensors(path: AnyPath, tree: Any, offsets: Mapping[str, int]) -> dict[
 
 
 def read_npz(path: AnyPath) -> list[FileArray]:
-    """Return the byte ranges of the arrays of an .npz file. Raise ValueError or BadZipFile if it is invalid."""
+    """Return the byte ranges of the arrays of an .npz file.
+
+    Raises CheckpointError for an array that is compressed, pickled or in Fortran order, and ValueError or BadZipFile for a
+    damaged file.
+    """
     arrays = []
     with path.open("rb") as file, zipfile.ZipFile(file) as archive:
         members = {info.filename: info for info in archive.infolist()}
@@ -183,7 +187,7 @@ def read_npz(path: AnyPath) -> list[FileArray]:
         for name in names:
             info = members[name]
             if info.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"{name} is compressed; save it with np.savez")
+                raise CheckpointError(f"{path}: {name} is compressed; save the arrays with np.savez")
             file.seek(info.header_offset)
             mark, name_length, extra_length = struct.unpack("<4s22xHH", file.read(30))
             start = file.seek(name_length + extra_length, os.SEEK_CUR)
@@ -193,9 +197,11 @@ def read_npz(path: AnyPath) -> list[FileArray]:
             with _NPY_HEADER:
                 shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
             if dtype.hasobject:
-                raise ValueError(f"{name} is pickled, which is not allowed; it was not loaded")
+                raise CheckpointError(
+                    f"{path}: {name} has the type {dtype}, whose values are pickled; save it as an array of numbers"
+                )
             if fortran:
-                raise ValueError(f"{name} is in Fortran order, expected C order")
+                raise CheckpointError(f"{path}: {name} is in Fortran order; save it in C order (np.ascontiguousarray)")
             array = FileArray(path, file.tell(), shape, to_dtype("bfloat16") if dtype.str == "|V2" else dtype)
             if array.offset + math.prod(shape) * dtype.itemsize != start + info.file_size:
                 raise ValueError(f"{name} does not have the number of bytes of {dtype}{list(shape)}; it is truncated")
@@ -239,7 +245,7 @@ def create_safetensors(path: Path, tensors: Mapping[str, TensorSpec]) -> dict[st
 
 
 def write_values(target: FileArray, first: int, values: np.ndarray, dim: int = 0) -> None:
-    """Write the values of a tensor from index `first` of one dimension on (all values if it has no dimensions).
+    """Write `values` into a tensor, from index `first` of the dimension `dim`; a scalar is written whole.
 
     A slice of the first dimension is contiguous in the file. For another dimension, each row of the leading dimensions is
     written separately. The values are durable once the file is synced.
@@ -265,9 +271,9 @@ def write_values(target: FileArray, first: int, values: np.ndarray, dim: int = 0
 
 
 class _Tensor(NamedTuple):
-    key: str
+    key: str  # of the storage
     dtype: str
-    first: int
+    first: int  # index of the tensor's first value in the storage
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
@@ -290,7 +296,7 @@ class _Unpickler(pickle.Unpickler):
 
     def __init__(self, file: IO[bytes]):
         super().__init__(file)
-        self.storages: dict[str, str] = {}  # dtype by key
+        self.storages: dict[str, str] = {}  # dtype of each storage by its key
 
     def persistent_load(self, pid: Any) -> tuple[str, str]:
         kind, dtype, key, *rest = pid
@@ -310,7 +316,7 @@ def _c_strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _data_offset(file: IO[bytes], path: AnyPath, info: zipfile.ZipInfo) -> int:
-    """Return the offset of a member's bytes. The lengths in the local header differ from those in the directory."""
+    """Return the offset of a member's bytes, from the lengths in its local header; the archive's directory has other lengths."""
     if info.compress_type != zipfile.ZIP_STORED:
         raise CheckpointError(f"{path}: member {info.filename} is compressed; save it with PyTorch 1.6 or later")
     file.seek(info.header_offset)
@@ -333,18 +339,18 @@ def _read_indexed(index: AnyPath, read: Callable[[AnyPath], dict[str, FileArray]
     problems = []
     for name in files:
         if not isinstance(name, str) or Path(name).name != name or name in (".", ".."):
-            raise CheckpointError(f"{index}: {name!r} is not the name of a file in the same folder")
+            raise CheckpointError(f"{index}: {json.dumps(name)} is not the name of a file in the same folder")
         if not (index.parent / name).is_file():
             problems.append(f"{name} is missing")
             continue
-        found = read(index.parent / name)
-        problems += [f"{tensor} is in {name} and in another file" for tensor in found if tensor in tensors]
+        shard = read(index.parent / name)
+        problems += [f"{tensor} is in {name} and in another file" for tensor in shard if tensor in tensors]
         problems += [
             f"{tensor} is in {name}, but not according to the index"
-            for tensor in found
+            for tensor in shard
             if weight_map.get(tensor) != name
         ]
-        tensors |= found
+        tensors |= shard
     problems += [f"{tensor} is not in {file}" for tensor, file in weight_map.items() if tensor not in tensors]
     if problems:
         raise CheckpointError(

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names and layouts of the tensors of each Hugging Face family, used for both import and export.
 
-A layout is a pattern of layout_views.py: "(heads head_dim) embed" is the layout in torch.nn.Linear of a native
+A layout is a pattern of layout_views.py: "(heads head_dim) embed" is the layout of a torch.nn.Linear weight that is natively
 [embed, heads, head_dim].
 """
 
@@ -14,11 +14,13 @@ from mesh_transformer.convert.layout_views import Split
 
 
 class TensorMapping(NamedTuple):
-    """The external tensor of a native weight. In names, {i} is the layer, and {e} the expert if each has its own tensor."""
+    """The external tensor of a native weight. In names, {i} is the layer; {e} is the expert, if experts have separate tensors."""
 
     name: str
     pattern: str  # layout of the tensor; with `split`, of one part
-    component: int = 0  # index along the number in the pattern; with `split`, index of the part
+    # Index along the dimension that is a number in the pattern, such as 3 in "(3 heads head_dim)"; with `split`, index of
+    # the part
+    component: int = 0
     aliases: tuple[str, ...] = ()  # names in files of other versions
     gated_name: str = ""  # name in a gated feed-forward layer, if it is different
     split: Callable[[ModelConfig], Split] | None = None  # division of a tensor that joins several weights
@@ -29,8 +31,8 @@ class TensorMapping(NamedTuple):
 
 def linear(weight: str, module: str, outputs: str, inputs: str, bias: str = "") -> dict[str, TensorMapping]:
     """Return the mappings of torch.nn.Linear: a native weight stored as [outputs, inputs], and its bias if it has one."""
-    found = {weight: TensorMapping(f"{module}.weight", f"{_group(outputs)} {_group(inputs)}")}
-    return found | ({bias: TensorMapping(f"{module}.bias", _group(outputs))} if bias else {})
+    mappings = {weight: TensorMapping(f"{module}.weight", f"{_group(outputs)} {_group(inputs)}")}
+    return mappings | ({bias: TensorMapping(f"{module}.bias", _group(outputs))} if bias else {})
 
 
 def _group(words: str) -> str:
@@ -44,22 +46,25 @@ def norms(**modules: str) -> dict[str, TensorMapping]:
 
 
 def projections(module: str, **names: str) -> dict[str, TensorMapping]:
-    """Return the mappings of q, k, v and o as separate Linear modules, named <x>_proj unless `names` says otherwise."""
-    found: dict[str, TensorMapping] = {}
+    """Return the mappings of q, k, v and o as separate Linear modules; `names` replaces the default names <x>_proj."""
+    mappings: dict[str, TensorMapping] = {}
     for x, heads in (("q", "heads"), ("k", "kv_heads"), ("v", "kv_heads")):
         projection = f"{module}.{names.get(x, f'{x}_proj')}"
-        found |= linear(f"attention/w_{x}", projection, f"{heads} head_dim", "embed", f"attention/b_{x}")
+        mappings |= linear(f"attention/w_{x}", projection, f"{heads} head_dim", "embed", f"attention/b_{x}")
     output = f"{module}.{names.get('o', 'o_proj')}"
-    return found | linear("attention/w_o", output, "embed", "heads head_dim", "attention/b_o")
+    return mappings | linear("attention/w_o", output, "embed", "heads head_dim", "attention/b_o")
 
 
 def fused(module: str, bias: str, weight: str) -> dict[str, TensorMapping]:
-    """Return the mappings of q, k and v in one module from the layouts of its bias and weight, in which N is "heads"."""
-    found: dict[str, TensorMapping] = {}
+    """Return the mappings of q, k and v in one module.
+
+    `bias` and `weight` are layouts, in which N stands for "heads" (q) or "kv_heads" (k and v).
+    """
+    mappings: dict[str, TensorMapping] = {}
     for component, (x, heads) in enumerate((("q", "heads"), ("k", "kv_heads"), ("v", "kv_heads"))):
-        found[f"attention/w_{x}"] = TensorMapping(f"{module}.weight", weight.replace("N", heads), component)
-        found[f"attention/b_{x}"] = TensorMapping(f"{module}.bias", bias.replace("N", heads), component)
-    return found
+        mappings[f"attention/w_{x}"] = TensorMapping(f"{module}.weight", weight.replace("N", heads), component)
+        mappings[f"attention/b_{x}"] = TensorMapping(f"{module}.bias", bias.replace("N", heads), component)
+    return mappings
 
 
 def split_qkv(c: ModelConfig) -> Split:
@@ -74,15 +79,15 @@ def split_qkv_by_group(c: ModelConfig) -> Split:
 
 def joined(module: str, split: Callable[[ModelConfig], Split]) -> dict[str, TensorMapping]:
     """Return the mappings of q, k and v, which may have different sizes, in one torch.nn.Linear."""
-    found: dict[str, TensorMapping] = {}
+    mappings: dict[str, TensorMapping] = {}
     for i, (x, heads) in enumerate((("q", "heads"), ("k", "kv_heads"), ("v", "kv_heads"))):
-        found[f"attention/w_{x}"] = TensorMapping(f"{module}.weight", f"({heads} head_dim) embed", i, split=split)
-        found[f"attention/b_{x}"] = TensorMapping(f"{module}.bias", f"({heads} head_dim)", i, split=split)
-    return found
+        mappings[f"attention/w_{x}"] = TensorMapping(f"{module}.weight", f"({heads} head_dim) embed", i, split=split)
+        mappings[f"attention/b_{x}"] = TensorMapping(f"{module}.bias", f"({heads} head_dim)", i, split=split)
+    return mappings
 
 
 def experts(module: str) -> dict[str, TensorMapping]:
-    """Return the mappings of gated experts: one tensor per expert, or stacked as transformers 5 has them in memory."""
+    """Return the mappings of gated experts: one tensor per expert, or stacked as in the modules of transformers 5."""
     single = f"{module}.{{e}}"
     gate_up = f"{module}.gate_up_proj"
     return {
@@ -177,21 +182,22 @@ def t5_stack(native: str, external: str, feed_forward: str) -> dict[str, TensorM
     block = f"{external}.block.{{i}}.layer"
     is_decoder = external == "decoder"
     ff = f"{block}.{2 if is_decoder else 1}"
-    found = projections(f"{block}.0.SelfAttention", q="q", k="k", v="v", o="o")
-    found |= norms(norm_1=f"{block}.0.layer_norm", norm_2=f"{ff}.layer_norm", norm_out=f"{external}.final_layer_norm")
+    mappings = projections(f"{block}.0.SelfAttention", q="q", k="k", v="v", o="o")
+    mappings |= norms(
+        norm_1=f"{block}.0.layer_norm", norm_2=f"{ff}.layer_norm", norm_out=f"{external}.final_layer_norm"
+    )
     if is_decoder:
         cross = projections(f"{block}.1.EncDecAttention", q="q", k="k", v="v", o="o")
-        found |= {f"cross_{name}": mapping for name, mapping in cross.items()} | norms(
-            norm_cross=f"{block}.1.layer_norm"
-        )
+        mappings |= {f"cross_{name}": mapping for name, mapping in cross.items()}
+        mappings |= norms(norm_cross=f"{block}.1.layer_norm")
     for kind, path in (("feed_forward", f"{ff}.{feed_forward}"), ("experts", f"{ff}.mlp.experts.expert_{{e}}")):
-        found[f"{kind}/w_in"] = TensorMapping(f"{path}.wi.weight", "ff embed", gated_name=f"{path}.wi_1.weight")
-        found |= linear(f"{kind}/w_gate", f"{path}.wi_0", "ff", "embed")
-        found |= linear(f"{kind}/w_out", f"{path}.wo", "embed", "ff")
-    found |= linear("experts/w_router", f"{ff}.mlp.router.classifier", "router", "embed")
+        mappings[f"{kind}/w_in"] = TensorMapping(f"{path}.wi.weight", "ff embed", gated_name=f"{path}.wi_1.weight")
+        mappings |= linear(f"{kind}/w_gate", f"{path}.wi_0", "ff", "embed")
+        mappings |= linear(f"{kind}/w_out", f"{path}.wo", "embed", "ff")
+    mappings |= linear("experts/w_router", f"{ff}.mlp.router.classifier", "router", "embed")
     bias = f"{external}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-    found["relative_bias/table"] = TensorMapping(bias, "buckets heads")
-    return {native + name: mapping for name, mapping in found.items()}
+    mappings["relative_bias/table"] = TensorMapping(bias, "buckets heads")
+    return {native + name: mapping for name, mapping in mappings.items()}
 
 
 SHARED = {"w_tokens": TensorMapping("shared.weight", "vocab embed"), "w_head": HEAD}

@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small files of a model folder: configuration of tokenizer and generation, special tokens, chat templates.
 
-The metadata of a native checkpoint stores their texts under the key `carried`, by file name, and the tokenizer under the
-key `tokenizer`. sample/model_defaults.py reads from them how texts of the model begin and end. An export writes them to the
-model folder; a conversion from one model folder to another copies the files unchanged. The key `carried_files` has, in
-base64, files that are only written again: license, model card, and the files of SentencePiece, which other programs read
-instead of tokenizer.json.
+The metadata of a native checkpoint stores the texts of these files under the key `carried`, by file name, and the tokenizer
+under the key `tokenizer`. sample/model_defaults.py reads from them how texts of the model begin and end. An export writes
+the files to the model folder; a conversion from one model folder to another copies the files unchanged. The key
+`carried_files` has, in base64, files that an export only writes back: license, model card, and the files of SentencePiece,
+which other programs read instead of tokenizer.json.
 """
 
 import base64
@@ -40,7 +40,7 @@ SPECIAL_IDS = (
 )
 MODEL_CARD = "README.md"
 _FILES = re.compile(r"README\.md|(LICENSE|LICENCE|NOTICE|USE_POLICY)(\.md|\.txt)?|[\w.-]+\.model")
-_MAX_FILE_BYTES = 8 << 20  # of one of them: every checkpoint of a fine-tuned model has it too
+_MAX_FILE_BYTES = 8 << 20  # maximum per stored file, because every checkpoint of a fine-tuned model stores it again
 _NAMED_TEMPLATE = re.compile(r"additional_chat_templates/[^/\\]+\.jinja")
 
 
@@ -57,8 +57,8 @@ def is_stored_file(name: str) -> bool:
 def read_text_files(folder: AnyPath, external_config: Mapping[str, Any]) -> dict[str, Any]:
     """Return metadata of a model folder.
 
-    Its keys are `carried`, text files by name, `carried_files`, other files in base64, and `special_ids`, keys of config.json.
-    Raises CheckpointError for a file that is not text or not JSON.
+    Keys: `carried` (text files by name), `carried_files` (other files in base64, by name), and `special_ids` (keys and values
+    of config.json). Raises CheckpointError for a file that is not text or not JSON.
     """
     carried = {}
     sizes = {name: size for name, (size, _) in sorted(backend_for(folder).list_files().items())}
@@ -72,7 +72,7 @@ def read_text_files(folder: AnyPath, external_config: Mapping[str, Any]) -> dict
         except ValueError as error:
             kind = "JSON" if name.endswith(".json") else "text in UTF-8"
             raise CheckpointError(f"{path}: not valid {kind}: {error}; copy it again, or remove the file") from None
-    # A model with parts besides text may have them in the configuration of its text model.
+    # A model with parts besides text may have these keys in text_config, the configuration of its text model.
     keys = {**(external_config.get("text_config") or {}), **external_config}
     meta: dict[str, Any] = {
         "carried": carried,
@@ -84,10 +84,10 @@ def read_text_files(folder: AnyPath, external_config: Mapping[str, Any]) -> dict
 
 
 def copy_small_files(source: AnyPath, destination: Path) -> None:
-    """Copy the text files and tokenizer files of one model folder to another."""
+    """Copy text files, tokenizer files, license and model card from one model folder to another."""
     for name in backend_for(source).list_files():
-        is_file_on_top = "/" not in name and (is_stored_file(name) or is_tokenizer_file(name))
-        if name != MODEL_CONFIG and (is_stored_text(name) or is_file_on_top):
+        is_top_level_file = "/" not in name and (is_stored_file(name) or is_tokenizer_file(name))
+        if name != MODEL_CONFIG and (is_stored_text(name) or is_top_level_file):
             (destination / name).parent.mkdir(exist_ok=True)
             (destination / name).write_bytes((source / name).read_bytes())
 
@@ -120,7 +120,7 @@ def write_text_files(folder: Path, meta: Mapping[str, Any]) -> None:
 
 
 def _special_ids(tokenizer: Tokenizer | None, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the special IDs of a model trained by this project; BOS and EOS are set, as transformers has other defaults."""
+    """Return the special IDs of a model trained by this project; BOS and EOS replace the defaults of transformers."""
     end = tokenizer.end_of_text if tokenizer else None
     ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": config.get("pad_token_id")}
     if tokenizer is None:

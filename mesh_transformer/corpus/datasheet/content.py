@@ -35,7 +35,7 @@ def write_datasheet(corpus: Corpus, out: Path) -> dict[str, Any]:
 
 
 def read_datasheet(out: Path) -> dict[str, Any]:
-    """Return the datasheet of a complete corpus, which this or an earlier version built.
+    """Return the datasheet of a complete corpus that this or an earlier version built.
 
     Raises CorpusError if the corpus is incomplete.
     """
@@ -50,7 +50,7 @@ def describe_corpus(corpus: Corpus, out: Path) -> dict[str, Any]:
     """Return all figures, texts and samples of the datasheet."""
     recipe = corpus.recipe
     names = [name for name in recipe.components if name not in corpus.missing]
-    effective = sum(record["train"]["copied_bytes"] for record in corpus.tokenized)
+    effective_bytes = sum(record["train"]["copied_bytes"] for record in corpus.tokenized)
     inputs = corpus.manifest["inputs"]
     sheet = {
         "name": recipe.corpus.name,
@@ -58,7 +58,7 @@ def describe_corpus(corpus: Corpus, out: Path) -> dict[str, Any]:
         "gaps": recipe.corpus.gaps,
         "digest": corpus.manifest["digest"],
         "tokenizer": recipe.tokens.tokenizer,
-        "components": {name: _describe_component(corpus, name, effective) for name in names},
+        "components": {name: _describe_component(corpus, name, effective_bytes) for name in names},
         "missing": {name: recipe.components[name].origin for name in corpus.missing},
         "duplicates": {
             "near": recipe.duplicates.near,
@@ -78,7 +78,7 @@ def describe_corpus(corpus: Corpus, out: Path) -> dict[str, Any]:
     return sheet | {"answers": answer_questions(sheet, recipe)}
 
 
-def _describe_component(corpus: Corpus, name: str, effective: int) -> dict[str, Any]:
+def _describe_component(corpus: Corpus, name: str, effective_bytes: int) -> dict[str, Any]:
     filtered = [record for record in corpus.filtered if record["component"] == name]
     selected = [record for record in corpus.selected if record["component"] == name]
     tokens = [record for record in corpus.tokenized if record["component"] == name]
@@ -97,8 +97,8 @@ def _describe_component(corpus: Corpus, name: str, effective: int) -> dict[str, 
         bad.update(record["bad"])
         decoded.update(record["decoded"])
         languages.update(record["languages"])
-        for kind, found in record["bad_examples"].items():
-            examples[kind] = (examples.get(kind, []) + found)[:SAMPLES]
+        for kind, messages in record["bad_examples"].items():
+            examples[kind] = (examples.get(kind, []) + messages)[:SAMPLES]
     lengths = Counter[int]()
     for record in selected:
         lengths.update({int(bits): count for bits, count in record["lengths"]["train"].items()})
@@ -113,7 +113,7 @@ def _describe_component(corpus: Corpus, name: str, effective: int) -> dict[str, 
         "heldout_documents": _sum(selected, "splits", "heldout", "documents"),
         "epochs": corpus.epochs[name],
         "effective_bytes": copied,
-        "weight": copied / effective if effective else 0.0,
+        "weight": copied / effective_bytes if effective_bytes else 0.0,
         "mean_document_bytes": train_bytes / max(train_documents, 1),
         "tokens": _sum(tokens, "train", "tokens"),
         "tokens_per_byte": _sum(tokens, "train", "tokens") / max(train_bytes, 1),
@@ -161,10 +161,10 @@ def _sum_filters(filtered: Records) -> list[dict[str, Any]]:
 
 
 def _collect_samples(out: Path) -> dict[str, list[dict[str, str]]]:
-    """Return the first dropped documents by filter and reason."""
+    """Return the first SAMPLES dropped documents of each filter and reason."""
     samples: dict[str, list[dict[str, str]]] = {}
     for record in read_dropped(out):
-        found = samples.setdefault(f"{record['meta']['filter']}: {record['meta']['reason']}", [])
-        if len(found) < SAMPLES:
-            found.append({"id": record["id"], "text": record["text"][:SAMPLE_CHARACTERS]})
+        reason_samples = samples.setdefault(f"{record['meta']['filter']}: {record['meta']['reason']}", [])
+        if len(reason_samples) < SAMPLES:
+            reason_samples.append({"id": record["id"], "text": record["text"][:SAMPLE_CHARACTERS]})
     return dict(sorted(samples.items()))

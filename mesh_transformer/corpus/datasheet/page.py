@@ -79,8 +79,8 @@ def _composition(sheet: dict[str, Any]) -> str:
             f"{part['tokens_per_byte']:.4f}",
         ]
         if published:
-            found = part["published"] or {}
-            row += [str(found.get(key, "")) for key in ("raw_gib", "weight", "epochs")]
+            published_figures = part["published"] or {}
+            row += [str(published_figures.get(key, "")) for key in ("raw_gib", "weight", "epochs")]
         rows.append(row)
     retained = sum(part["train_bytes"] for part in parts.values())
     documents = sum(part["train_documents"] for part in parts.values())
@@ -107,45 +107,45 @@ def _composition(sheet: dict[str, Any]) -> str:
 
 
 def _removals(sheet: dict[str, Any]) -> str:
-    """Return a table with a row for every filter that dropped documents or changed texts."""
+    """Return a table with a row for every filter that dropped documents or changed the size by at least 5000 bytes."""
     rows = []
     for name, part in sheet["components"].items():
         for counts in part["filters"]:
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in list(counts["dropped"].items())[:4])
-            less = counts["bytes_in"] - counts["bytes_out"]
-            if reasons or abs(less) >= 5000:
-                sizes = [f"{counts['documents_in']:,}", f"{counts['documents_out']:,}", f"{-less / MB:+.2f}"]
+            removed_bytes = counts["bytes_in"] - counts["bytes_out"]
+            if reasons or abs(removed_bytes) >= 5000:
+                sizes = [f"{counts['documents_in']:,}", f"{counts['documents_out']:,}", f"{-removed_bytes / MB:+.2f}"]
                 rows.append([name, counts["name"], *sizes, reasons or "none dropped; texts were changed"])
-        gone = part["exact_duplicates"] + part["near_duplicates"]
-        if gone:
-            entered = part["train_documents"] + part["heldout_documents"] + part["documents_emptied"] + gone
+        n_duplicates = part["exact_duplicates"] + part["near_duplicates"]
+        if n_duplicates:
+            documents_in = (
+                part["train_documents"] + part["heldout_documents"] + part["documents_emptied"] + n_duplicates
+            )
             reasons = f"exact duplicate {part['exact_duplicates']:,}, near duplicate {part['near_duplicates']:,}"
-            less = f"{-part['duplicate_bytes'] / MB:+.2f}"
-            rows.append([name, "duplicates", f"{entered:,}", f"{entered - gone:,}", less, reasons])
+            change = f"{-part['duplicate_bytes'] / MB:+.2f}"
+            rows.append([name, "duplicates", f"{documents_in:,}", f"{documents_in - n_duplicates:,}", change, reasons])
         if part["lines_cut"]:
             cut = f"{-part['line_bytes_cut'] / MB:+.2f}"
             rows.append([name, "lines", "", "", cut, f"{part['lines_cut']:,} recurring lines"])
-    note = (
-        "<p>Filters of each component in order. Filters that dropped no document and changed no text are omitted.</p>"
-    )
+    note = "<p>Filters of each component in order. A filter that dropped no document and changed less than 5 kB is omitted.</p>"
     return note + make_table(
         ["component", "filter", "documents in", "documents out", "change in MB", "reasons"], rows, left=True
     )
 
 
 def _duplicates(sheet: dict[str, Any]) -> str:
-    found = sheet["duplicates"]
-    bands, rows = found["bands_and_rows"]
+    duplicates = sheet["duplicates"]
+    bands, rows = duplicates["bands_and_rows"]
     text = "<p>Rows: component of the removed documents. Columns: component of the retained duplicates.</p>"
     if bands:
         points = ", ".join(f"{s:.1f}: {1 - (1 - s**rows) ** bands:.3f}" for s in (0.3, 0.5, 0.7, 0.8, 0.9))
         text += (
-            f"<p class=dim>Near: MinHash, {bands} bands of {rows} hashes over word n-grams ({escape(found['near'])}). "
+            f"<p class=dim>Near: MinHash, {bands} bands of {rows} hashes over word n-grams ({escape(duplicates['near'])}). "
             f"Probability of finding a pair by its Jaccard similarity: {points}.</p>"
         )
     names = list(sheet["components"])
     return text + "".join(
-        f"<h3>{kind}</h3>{_matrix(f'{kind} duplicates', names, {(a, b): n for a, b, n in found['matrix'][kind]})}"
+        f"<h3>{kind}</h3>{_matrix(f'{kind} duplicates', names, {(a, b): n for a, b, n in duplicates['matrix'][kind]})}"
         for kind in ("exact", "near")
     )
 
@@ -165,7 +165,7 @@ def _matrix(name: str, names: list[str], counts: dict[tuple[str, str], int]) -> 
 
 
 def _lengths(sheet: dict[str, Any]) -> str:
-    """Return a small histogram for every component, over powers of two of bytes."""
+    """Return a small histogram of document lengths for every component; its bins are powers of two of bytes."""
     parts = sheet["components"]
     bits = [int(bit) for part in parts.values() for bit in part["lengths"]]
     low, high = min(bits, default=0), max(bits, default=1)
@@ -183,7 +183,7 @@ def _lengths(sheet: dict[str, Any]) -> str:
                 bars.append(text(x, 110, format_size(2**bit), style="faint"))
         width = 40 + (high - low + 1) * 12
         charts.append(image(width, 118, text(4, 14, name) + "".join(bars)))
-    return f"<p>Bytes of a training document; every bar is a power of two.</p><div>{''.join(charts)}</div>"
+    return f"<p>Bytes of a training document; each bar covers lengths up to a power of two.</p><div>{''.join(charts)}</div>"
 
 
 def _languages(sheet: dict[str, Any]) -> str:
@@ -271,17 +271,17 @@ def _answers(sheet: dict[str, Any]) -> str:
 def _samples(sheet: dict[str, Any]) -> str:
     return "".join(
         f"<details><summary>{escape(reason)}</summary>"
-        + "".join(f"<p class=dim>{escape(one['id'])}</p><pre>{escape(one['text'])}</pre>" for one in found)
+        + "".join(f"<p class=dim>{escape(sample['id'])}</p><pre>{escape(sample['text'])}</pre>" for sample in samples)
         + "</details>"
-        for reason, found in sheet["samples"].items()
+        for reason, samples in sheet["samples"].items()
     )
 
 
 def _outputs(sheet: dict[str, Any]) -> str:
     inputs = sheet["inputs"]
     text = (
-        f"<p>{inputs['files']:,} source files; digest of all their digests: <code>{inputs['digest']}</code>. The digest of "
-        "each file is in manifest.json (xxh3, 128 bits).</p>"
+        f"<p>{inputs['files']:,} source files; digest of the digests of all source files: "
+        f"<code>{inputs['digest']}</code>. The digest of each file is in manifest.json (xxh3, 128 bits).</p>"
     )
-    rows = [[name, f"{found['size']:,}", found["digest"]] for name, found in sheet["outputs"].items()]
+    rows = [[name, f"{output['size']:,}", output["digest"]] for name, output in sheet["outputs"].items()]
     return f"{text}<details><summary>{len(rows)} output files</summary>{make_table(['file', 'bytes', 'digest'], rows)}</details>"

@@ -5,7 +5,7 @@
 from typing import Any
 
 from mesh_transformer.corpus.datasheet.html import Cell, draw_matrix, make_table
-from mesh_transformer.corpus.survey import CHARACTERS, NAMED, SAMPLE
+from mesh_transformer.corpus.survey import PAPER_WORDS, SAMPLE_CHARACTERS, SAMPLE_DOCUMENTS
 
 ROWS = 15  # rows of the table of biased words
 
@@ -25,8 +25,8 @@ def make_topics(sheet: dict[str, Any]) -> str:
             cells.append(Cell(min(share**0.6, 1.0), f"{share:.0%}" if share >= 0.1 else "", tooltip))
         rows.append((", ".join(words), cells))
     note = (
-        f"<p>Factors of tf-idf (NMF) over {SAMPLE} documents of each component, the first {CHARACTERS:,} characters of each; "
-        "columns add up to 100%, shares of at least 10% are printed.</p>"
+        f"<p>Factors of tf-idf (NMF) over {SAMPLE_DOCUMENTS} documents of each component, the first "
+        f"{SAMPLE_CHARACTERS:,} characters of each; columns add up to 100%, shares of at least 10% are printed.</p>"
     )
     return note + draw_matrix("topics", names, rows, height=24, names_right=True)
 
@@ -36,34 +36,34 @@ def make_profanity(sheet: dict[str, Any]) -> str:
     rows = [
         [
             name,
-            f"{found['sentences']:,}",
-            f"{found['profane']:,}",
-            f"{found['profane'] / max(found['sentences'], 1):.2%}",
+            f"{counts['sentences']:,}",
+            f"{counts['profane']:,}",
+            f"{counts['profane'] / max(counts['sentences'], 1):.2%}",
         ]
-        for name, found in sheet["survey"]["profanity"].items()
+        for name, counts in sheet["survey"]["profanity"].items()
     ]
     rows.sort(key=lambda row: -float(row[3].rstrip("%")))
     note = (
-        f"<p>Sentences of the same {SAMPLE} documents that profanity-check classifies as profane, as in The Pile's paper. It was "
-        "trained on English posts: in technical text it also marks terms such as killing a process or a slave device, and in "
-        "other languages words that resemble English ones.</p>"
+        f"<p>Sentences of the same {SAMPLE_DOCUMENTS} documents that profanity-check classifies as profane, as in The "
+        "Pile's paper. The classifier was trained on English posts: in technical text it also marks terms such as killing a "
+        "process or a slave device, and in other languages words that resemble English ones.</p>"
     )
     return note + make_table(["component", "sentences", "profane", "share"], rows)
 
 
 def make_pronouns(sheet: dict[str, Any]) -> str:
-    """Return tables of sentences with he and she by component, and of the words biased to either."""
-    found = sheet["survey"]["pronouns"]
+    """Return tables of sentences with "he" and "she" by component, and of words with a bias to one of the two."""
+    survey = sheet["survey"]["pronouns"]
     rows = [
         [name, f"{count['he']:,}", f"{count['she']:,}", f"{count['he'] / count['she']:.1f}" if count["she"] else ""]
-        for name, count in found["sentences"].items()
+        for name, count in survey["sentences"].items()
     ]
-    sums = [sum(count[one] for count in found["sentences"].values()) for one in ("he", "she")]
+    sums = [sum(count[pronoun] for count in survey["sentences"].values()) for pronoun in ("he", "she")]
     total = ["all", f"{sums[0]:,}", f"{sums[1]:,}", f"{sums[0] / sums[1]:.1f}" if sums[1] else ""]
     pairs = [
-        [*_bias_cells(he), *_bias_cells(she)] for he, she in zip(_pad(found["he"]), _pad(found["she"]), strict=True)
+        [*_bias_cells(he), *_bias_cells(she)] for he, she in zip(_pad(survey["he"]), _pad(survey["she"]), strict=True)
     ]
-    named = [[*_bias_cells(entry), "he" if entry["word"] in NAMED[:3] else "she"] for entry in found["named"]]
+    named = [[*_bias_cells(entry), "he" if entry["word"] in PAPER_WORDS[:3] else "she"] for entry in survey["named"]]
     return (
         "<p>Sentences of all training text, each document once. Bias: difference of the rates at which a word occurs in "
         "sentences with he and with she, times the square root of its frequency in both; function words are excluded.</p>"
@@ -80,5 +80,5 @@ def _pad(entries: list[dict[str, Any]]) -> list[dict[str, Any] | None]:
 
 
 def _bias_cells(entry: dict[str, Any] | None) -> list[str]:
-    """Return a word, its sentences with he and with she, and its bias."""
+    """Return a word, its number of sentences with "he" and with "she", and its bias, as text cells."""
     return [entry["word"], f"{entry['he']:,}", f"{entry['she']:,}", f"{entry['lean']:+.2f}"] if entry else [""] * 4

@@ -42,8 +42,8 @@ def dense_attention(
     scores = finish_scores(scores.reshape(batch, kv_heads, group, t, s), config)
     if bias is not None:
         scores = scores + bias.reshape(bias.shape[0], kv_heads, group, t, s)
-    # The mask is added instead of selected, and the normalization follows the matmul with the values: the backward pass
-    # then needs two passes fewer over the scores.
+    # The mask is added to the scores instead of applied with jnp.where, and the weights are normalized after the matmul
+    # with the values: this saves the backward pass two passes over the scores.
     scores = scores + jnp.where(mask, 0.0, MASK_VALUE)[:, None, None]
     scores = scores.reshape(batch, kv_heads, group * t, s)
     high = jnp.max(scores, axis=-1, keepdims=True)
@@ -62,7 +62,7 @@ def dense_attention(
 
 
 def count_blocks(length: int) -> int:
-    """Return the number of query blocks for `dense_attention_in_blocks`; 1 if blocks would be shorter than 64 queries."""
+    """Return the number of query blocks for `dense_attention_in_blocks`: 4 or 2 equal blocks of 64 queries or more, or 1."""
     return next((n for n in (4, 2) if length % n == 0 and length >= 64 * n), 1)
 
 

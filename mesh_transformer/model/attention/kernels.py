@@ -23,7 +23,8 @@ from mesh_transformer.model.attention.ring import Ring, ring_attention
 from mesh_transformer.model.formulas import attention_scale
 from mesh_transformer.model.positions import alibi_slopes
 
-LONG_SEQUENCE = 1024  # on a CPU the dense kernel is faster up to this length; beyond it, memory matters
+# Tokens. On a CPU, the dense kernel is faster up to this length; longer sequences use a kernel that needs less memory.
+LONG_SEQUENCE = 1024
 MAX_BLOCK = 512  # positions per block
 
 
@@ -38,9 +39,8 @@ class KernelOptions(NamedTuple):
     """Static arguments of a kernel."""
 
     config: ModelConfig
-    window: (
-        int | None
-    )  # number of keys that a query attends to, including the key at its own position; None: all earlier keys
+    # Number of keys that a query attends to, including the key at the query's position; None: all earlier keys.
+    window: int | None
 
 
 def choose_kernel(config: ModelConfig, length: int, *, has_segments: bool, cached: bool) -> str:
@@ -53,7 +53,7 @@ def choose_kernel(config: ModelConfig, length: int, *, has_segments: bool, cache
     n_shards = _ring_size()
     requested = config.attention_kernel
     if requested == "auto" and n_shards > 1:
-        requested = "blockwise"  # falling back to "dense" would gather the sequence, so it must be requested explicitly
+        requested = "blockwise"  # "dense" would gather the sequence, so it is used only if it is requested explicitly
     if requested != "auto":
         if reason := _why_unsupported(requested, config, length, has_segments=has_segments):
             raise ConfigError(f'model.attention_kernel = "{requested}" {reason}; use "dense"')
@@ -116,7 +116,7 @@ def _ring_size() -> int:
 
 
 def _block_length(length: int, n_shards: int) -> int:
-    """Return the longest block of at most MAX_BLOCK positions that divides a device's shard (on a ring: each half)."""
+    """Return the largest block length, at most MAX_BLOCK, that divides a device's shard, or each half of it on a ring."""
     chunk = length if n_shards == 1 else length // 2
     return next(size for size in range(min(MAX_BLOCK, chunk), 0, -1) if chunk % size == 0)
 
@@ -134,7 +134,7 @@ def dispatch_attention(
     if context.masks is not None:
         return _attend_dense((q, k, v, sinks), config, local, context.masks)
     value_dim = v.shape[-1]
-    if value_dim < k.shape[-1]:  # the kernels require keys and values of one size: pad with zeros
+    if value_dim < k.shape[-1]:  # the kernels require keys and values of equal size: pad with zeros
         v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, k.shape[-1] - value_dim)))
     scale = attention_scale(config)
     layout = current_layout()
@@ -175,7 +175,7 @@ def _attend_dense(inputs: Any, config: ModelConfig, local: bool, masks: Masks) -
 
 
 def _local_kv_heads(x: Float[Array, "B T K C"], n_local_heads: int, config: ModelConfig) -> Float[Array, "B T k C"]:
-    """Return the key-value heads that this device's query heads use, if the key-value heads are replicated."""
+    """Return the key-value heads that this device's query heads use: a slice of `x` if the heads are replicated, else `x`."""
     group = config.n_heads // config.kv_heads
     if x.shape[2] * group == n_local_heads:
         return x
@@ -194,10 +194,10 @@ def _local_kv_heads(x: Float[Array, "B T K C"], n_local_heads: int, config: Mode
 def _blockwise(q: Array, k: Array, v: Array, segment_ids: Any, per_head: Any, options: KernelOptions) -> Array:
     batch, length, heads, channels = q.shape
     kv_heads = k.shape[2]
-    size = _ring_size()
+    n_shards = _ring_size()
     layout = current_layout()
-    axis = next(a for a in layout.rules["sequence"] if layout.mesh.shape[a] > 1) if layout and size > 1 else None
-    ring = Ring(axis, size, _block_length(length, size), options.window, options.config)
+    axis = next(a for a in layout.rules["sequence"] if layout.mesh.shape[a] > 1) if layout and n_shards > 1 else None
+    ring = Ring(axis, n_shards, _block_length(length, n_shards), options.window, options.config)
     q = q.reshape(batch, length, kv_heads, -1, channels).transpose(0, 2, 3, 1, 4)
     k = k.transpose(0, 2, 1, 3)
     v = v.transpose(0, 2, 1, 3)
@@ -239,9 +239,9 @@ def _triton(q: Array, k: Array, v: Array, segment_ids: Any, per_head: Any, optio
 
 
 def _cudnn(q: Array, k: Array, v: Array, segment_ids: Any, per_head: Any, options: KernelOptions) -> Array:
-    side = None if options.window is None else (options.window - 1, 0)
+    window = None if options.window is None else (options.window - 1, 0)
     return jax.nn.dot_product_attention(
-        q, k, v, scale=1.0, is_causal=True, local_window_size=side, implementation="cudnn"
+        q, k, v, scale=1.0, is_causal=True, local_window_size=window, implementation="cudnn"
     )
 
 

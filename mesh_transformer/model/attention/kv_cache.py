@@ -32,7 +32,7 @@ def cache_axes(n_heads: int) -> tuple[str, str, str, str]:
 def write_kv(
     cache: KVCache, k: Float[Array, "B T K C"], v: Float[Array, "B T K V"], positions: Int[Array, "B T"]
 ) -> KVCache:
-    """Return one layer's cache with `k` and `v` written at `positions`; positions outside the cache are dropped."""
+    """Return one layer's cache with `k` and `v` written at `positions`; tokens outside the cache are dropped."""
     if positions.size == 1:
         # XLA turns a scatter of a single update into a slice update and fuses it into both consumers, which copies the
         # whole cache four times per layer. Writing the same values twice keeps an in-place scatter.

@@ -10,7 +10,7 @@
 The cache holds c and r: kv_rank + d_rotated numbers per token and layer, regardless of the number of heads. Two computations
 give the same attention; the layer uses the one with fewer FLOPs for the given numbers of queries and keys. Training and long
 prefills expand c to the keys and values of every head. Decoding absorbs W_up_k into the query and W_up_v into the output
-(appendix C of the paper): it is multi-query attention with the key [c, r] and the value c.
+(appendix C of the paper): this is multi-query attention with the key [c, r] and the value c.
 """
 
 from functools import partial

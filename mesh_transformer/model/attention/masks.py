@@ -32,7 +32,7 @@ class AttentionContext(NamedTuple):
     masks: Masks | None  # for the "dense" kernel; other kernels compute the mask block by block
     decoding: bool = False  # prefill or decode with a KV cache: experts have no capacity limit
     training: bool = False  # experts use their training capacity, jitter and dropout
-    # tokens that each sequence reaches in this forward pass, on which longrope depends; None: the largest position + 1
+    # length of each sequence, which determines longrope frequencies (see `make_rotation`); None: largest position + 1
     reached_len: Int[Array, "B"] | None = None
     encoder_output: EncoderOutput | None = None  # for the decoder of an encoder-decoder model
 

@@ -1,16 +1,16 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Blockwise attention with an online softmax, on one device or as ring attention. Memory is linear in the length.
+"""Blockwise attention with an online softmax, on one device or as ring attention. Memory is linear in the sequence length.
 
-Ring attention (Liu et al. 2023) runs on n devices along one mesh axis. Each device holds 1/n of every sequence: its
-queries stay and the keys and values rotate. With contiguous shards, a causal mask would leave the first device idle and
-the last one busy. The sequence is therefore split into 2n chunks in the zigzag layout: device i holds chunks i and
-2n-1-i. In every step after the first, each device then has the same amount of work, two of four chunk pairs.
+Ring attention (Liu et al. 2023) runs on n devices along one mesh axis. Each device holds 1/n of every sequence: it keeps
+its queries, and the keys and values are sent around the ring. With contiguous shards, a causal mask would leave the first
+device idle and the last device busy. The sequence is therefore split into 2n chunks in the zigzag layout: device i holds
+chunks i and 2n-1-i. In every step after the first, each device then has the same amount of work, two of four chunk pairs.
 `make_block_schedule` lists which blocks of queries attend to which blocks of keys in each step. A single device is a
 ring of one device. A window shortens the schedule and can skip whole steps of the ring.
 
 Communication per device: the forward pass sends the keys and values once per step, 2 (n-1) B T/n K C elements. The
-backward pass sends them again, and their gradients in float32 with one more step. The communication overlaps with the
+backward pass sends them again, and sends their gradients in float32 in one step more. The communication overlaps with the
 matmuls of the blocks.
 """
 
@@ -35,14 +35,13 @@ class Ring(NamedTuple):
     axis: str | None  # mesh axis, inside shard_map; None: one device
     size: int  # number of devices
     block: int  # positions per block
-    window: (
-        int | None
-    )  # number of keys that a query attends to, including the key at its own position; None: all earlier keys
+    # Number of keys that a query attends to, including the key at the query's position; None: all earlier keys.
+    window: int | None
     config: ModelConfig | None = None  # soft cap of the scores; None: no cap
 
 
 class RingStep(NamedTuple):
-    """The work of all devices while each holds the keys and values of the device `shift` ranks before it."""
+    """Work of all devices in the step in which each holds the keys and values of the device `shift` ranks before it."""
 
     shift: int
     # One row per device and pair; columns: index of the query block, index of the key block, position of the first query,
@@ -120,7 +119,7 @@ def _block_scores(
 ) -> Float[Array, "B K G T S"]:
     """Return the scores of one block of queries and one block of keys in float32, with the mask added.
 
-    `products` are the dot products of the scaled queries and the keys.
+    `products` are the dot products of the scaled queries and the keys, and `pair` is a row of RingStep.block_pairs.
     """
     scores = products if ring.config is None else finish_scores(products, ring.config)
     block = jnp.arange(ring.block)
@@ -153,7 +152,7 @@ def _take_segment_ids(query_ids: Array | None, key_ids: Array | None, pair: Any,
 
 
 def _rotate(tree: Any, ring: Ring, shift: int) -> Any:
-    """Send `tree` to the device `shift` ranks ahead, and return the tree received."""
+    """Send `tree` to the device `shift` ranks ahead, and return the received tree."""
     if shift % ring.size == 0:
         return tree
     permutation = [(i, (i + shift) % ring.size) for i in range(ring.size)]
@@ -186,8 +185,8 @@ def _forward(
 ) -> tuple[Array, tuple]:
     rotating = (k, v, segment_ids)
     shift = 0
-    # Running maximum, sum of weights and weighted values of each query. The diagonal comes first, so the maximum is
-    # the score of a visible key from the first step on.
+    # Running maximum, sum of weights and weighted values of each query. The diagonal blocks come first, so the maximum
+    # is the score of a visible key from the first step on.
     high = jnp.full(q.shape[:-1], MASK_VALUE, jnp.float32)
     total = jnp.zeros(q.shape[:-1], jnp.float32)
     if sinks is not None:

@@ -34,7 +34,8 @@ class DispatchOptions(NamedTuple):
 
     capacity: int | None  # slots of each expert per group; None: dropless
     group_size: int  # sequences that share the slots
-    by_expert: bool  # expert choice: every token is assigned to all experts, and the capacity selects
+    # expert choice: every token is assigned to all experts, and ranks of at least `capacity` are dropped
+    by_expert: bool
     activation: str
     dropout: float  # rate of the assignment's dropout mask
 
@@ -156,10 +157,11 @@ def _dispatch_with_capacity(
 ) -> Float[Array, "B T D"]:
     """Compute the experts on `capacity` slots per group. Assignments with a rank of at least the capacity are dropped.
 
-    Communication per device: B T k f D elements are sent to the experts along `expert`, and the same number back
-    (all-to-all). The same number is sent along `context` if sequences are sharded (reduce-scatter, all-gather). The sum of
-    B T D elements over `tensor` is the same as in a dense layer. Devices that share a group send a multiple of this,
-    because each of them has all slots of the group and fills only the slots of the tokens in its shard.
+    Communication per device, with k experts per token and the capacity factor f: B T k f D elements are sent to the
+    experts along `expert`, and the same number back (all-to-all). The same number is sent along `context` if sequences are
+    sharded (reduce-scatter, all-gather). The sum of B T D elements over `tensor` is the same as in a dense layer. Devices
+    that share a group send a multiple of this, because each of them has all slots of the group and fills only the slots of
+    the tokens in its shard.
     """
     gates, experts, rank, dropout_mask = assignment
     assert rank is not None
@@ -171,7 +173,7 @@ def _dispatch_with_capacity(
     )
     n_groups, length, width = x.shape
     n_shards = jax.lax.axis_size(axes.slots) if axes.slots else 1
-    n_slots = -(-options.capacity // n_shards) * n_shards  # a multiple of the shards; the last slots stay empty
+    n_slots = -(-options.capacity // n_shards) * n_shards  # a multiple of n_shards; the last slots stay empty
     slot = jnp.where(rank < options.capacity, experts * n_slots + rank, n_experts * n_slots).reshape(n_groups, -1)
     group = jnp.arange(n_groups)[:, None]
     token = jnp.arange(slot.shape[1])[None] // gates.shape[2]
@@ -232,9 +234,9 @@ def _dispatch_dropless(
     """Compute the experts on all tokens, sorted by expert (jax.lax.ragged_dot).
 
     The number of tokens per expert is known only at run time. Devices along `expert` therefore gather each other's B T D
-    elements (all-gather), apply their own experts and sum the results (reduce-scatter): n_expert_shards / (2 k) times
-    the elements that an all-to-all with space for every token would send. On a CPU, XLA multiplies every token by every
-    expert, which is slow with many experts.
+    elements (all-gather), apply their own experts and sum the results (reduce-scatter). With k experts per token, this is
+    n_expert_shards / (2 k) times the elements that an all-to-all with space for every token would send. On a CPU, XLA
+    multiplies every token by every expert, which is slow with many experts.
     """
     gates, experts, _, dropout_mask = assignment
     n_local = weights.w_in.shape[0]

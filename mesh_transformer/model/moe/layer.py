@@ -2,12 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mixture-of-experts layer: a router sends every token to a few expert feed-forward networks.
 
-Shazeer et al. 2017 (arXiv 1701.06538), GShard (2006.16668), Switch (2101.03961) and, for renormalized gates without a
-capacity, Mixtral (2401.04088).
+Sources: Shazeer et al. 2017 (arXiv 1701.06538), GShard (2006.16668), Switch (2101.03961) and, for renormalized gates
+without a capacity, Mixtral (2401.04088).
 
 Tokens compete for capacity within a group of sequences (one sequence, unless experts.group_size is larger), not within a
-device's shard: the function does not depend on the mesh. Assignments are ranked by sequence and then by token, so that a
-later token never displaces an earlier one (GShard instead ranks the first choices of all tokens first). With expert choice
+device's shard: the output does not depend on the mesh. Assignments are ranked by sequence and then by token, so that a
+later token never displaces an earlier token (GShard instead ranks the first choices of all tokens first). With expert choice
 (Zhou et al. 2022, 2202.09368), each expert processes the most probable tokens of a group at any position. The output for a
 token then depends on later tokens.
 

@@ -18,7 +18,7 @@ class RoutingStats(NamedTuple):
     """Router statistics over the tokens of a batch. Outside a layer, arrays have a leading dimension of layers."""
 
     expert_load: Float[Array, "*L E"]  # fraction of all assignments to each expert, including dropped assignments
-    aux_loss: Float[Array, "*L"]  # n_experts * sum(load * mean probability); 1 if either is uniform
+    aux_loss: Float[Array, "*L"]  # n_experts * sum(load * mean probability); 1 if load or probability is uniform
     router_z: Float[Array, "*L"]  # mean of (log of the partition function)^2
     entropy: Float[Array, "*L"]  # mean, in nats; log(n_experts) if all experts are equally probable
     # Fraction of assignments dropped because the expert was full; with expert choice, fraction of tokens that no expert chose.
@@ -26,24 +26,24 @@ class RoutingStats(NamedTuple):
 
 
 class Assignment(NamedTuple):
-    """Assignment of tokens to experts. With expert choice, K is the number of experts, in their order."""
+    """Assignment of tokens to experts. With expert choice, K is the number of experts, and index k is expert k."""
 
     gates: Float[Array, "B T K"]
     experts: Int[Array, "B T K"]
-    rank_in_expert: Int[Array, "B T K"] | None  # position among the expert's assignments of a group; None: no capacity
+    rank_in_expert: Int[Array, "B T K"] | None  # rank among the expert's assignments in a group; None: no capacity
     dropout_mask: Bool[Array, "..."] | None  # hidden units to keep: [E groups C F], or [B T K F] without a capacity
 
 
 def expert_capacity(factor: float, tokens: int, n_experts_per_token: int, n_experts: int) -> int:
     """Return the number of tokens that an expert processes per group of `tokens` tokens.
 
-    The result is `factor` times an equal share, rounded up, and at most `tokens`.
+    The result is `factor` times an equal share of the assignments, rounded up, and at most `tokens`.
     """
     return min(math.ceil(factor * tokens * n_experts_per_token / n_experts), tokens)
 
 
 def expert_rows_per_token(config: ModelConfig, *, training: bool = True) -> float:
-    """Return the rows of expert matmuls per token in one layer, including rows of unused capacity."""
+    """Return the number of rows of expert matmuls per token in one layer, including rows of unused capacity."""
     e = config.experts
     if e is None:
         return 0.0
@@ -57,7 +57,7 @@ def expert_rows_per_token(config: ModelConfig, *, training: bool = True) -> floa
 
 
 def count_expert_layers(config: ModelConfig) -> int:
-    """Return the number of layers with experts, including those of an encoder."""
+    """Return the number of layers with experts, including the layers of an encoder."""
     encoder = config.encoder
     kinds = (*config.layer_kinds, *(encoder.layer_kinds if encoder else ()))
     return sum(kind.has_experts for kind in kinds)
@@ -116,7 +116,7 @@ def select_experts(
 def _limit_groups(preference: Float[Array, "B T E"], experts: ExpertsConfig) -> Float[Array, "B T E"]:
     """Return the preferences of the experts in each token's best groups, and minus infinity for other experts.
 
-    DeepSeek V2 (arXiv 2405.04434, section 2.2.2) and V3 (2412.19437, section 2.1.2).
+    Sources: DeepSeek V2 (arXiv 2405.04434, section 2.2.2) and V3 (2412.19437, section 2.1.2).
     """
     by_group = preference.reshape(*preference.shape[:-1], experts.n_expert_groups, -1)
     best, _ = jax.lax.top_k(by_group, 1 if experts.group_score == "max" else 2)
@@ -146,10 +146,10 @@ def routing_stats(
 
 
 def rank_in_expert(experts: Int[Array, "B T K"], group_size: int) -> Int[Array, "B T K"]:
-    """Return how many earlier assignments in the same group of `group_size` sequences have the same expert.
+    """Return, for each assignment, the number of earlier assignments of its group to the same expert.
 
-    The ranks are computed by sorting. Devices that share a group exchange T K integers per sequence instead of sums over
-    [T K, E].
+    A group has `group_size` sequences. The ranks are computed by sorting: devices that share a group exchange T K integers
+    per sequence instead of the partial sums of a one-hot array [T K, E].
     """
     flat = from_zigzag(experts).reshape(experts.shape[0] // group_size, -1)
     order = jnp.argsort(flat, axis=1, stable=True)

@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Specifications of TPU and GPU chips, and of the TPU products that contain them.
 
-Rates and sizes are published by the vendors; FLOP/s are of dense bfloat16 matmuls. The usable memory of a TPU is the limit
+Rates and sizes are published by the vendors; FLOP/s are for dense bfloat16 matmuls. The usable memory of a TPU is the limit
 that its compiler reports when a program does not fit. The usable memory of a GPU is 95% of the size that its driver
-reports, which a process can allocate with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 (JAX's default is 0.75). The watts of TPU v5e
-and later are not published but estimated.
+reports, which a process can allocate with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 (JAX's default is 0.75). The power of TPU v5e
+and later is not published but estimated.
 """
 
 from typing import NamedTuple
@@ -108,6 +108,7 @@ class Family(NamedTuple):
     slices: dict[int, tuple[int, ...]]  # number in the name -> shape of the torus, in chips
 
 
+# Shapes of 2D and 3D tori by the number in the name of a product.
 FLAT = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
 CUBES = {
     8: (2, 2, 1), 16: (2, 2, 2), 32: (2, 2, 4), 64: (2, 4, 4), 128: (4, 4, 4), 256: (4, 4, 8), 384: (4, 4, 12),

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from mesh_transformer.config import ConfigError
 from mesh_transformer.plan.hardware.chips import FAMILIES, GPU_SPECS, GPUS, TPUS, Chip, GpuSpec
 
-NVLINK_HOST = 8  # GPUs connected by NVLink
+NVLINK_HOST = 8  # GPUs of a host, which NVLink connects
 DEFAULT_A100 = "A100-80"
 
 
@@ -61,9 +61,9 @@ def parse_topology(name: str) -> Topology:
     if match := re.fullmatch(r"cpu-([1-9]\d*)", name):
         return Topology(name, None, (int(match[1]),))
     if match := re.fullmatch(r"(?:([1-9]\d*)x)?([a-z0-9]+?)-([1-9]\d*)", name):
-        found = _find_slice(match[2], int(match[3]))
-        if found:
-            kind, shape = found
+        tpu_slice = _find_slice(match[2], int(match[3]))
+        if tpu_slice:
+            kind, shape = tpu_slice
             return Topology(name, TPUS[kind], shape, int(match[1] or 1))
     if match := re.fullmatch(r"(?:([1-9]\d*)x)?(?:([1-9]\d*)x)?([A-Z][A-Z0-9]*(?:-\d+)?)", name, re.I):
         outer, inner, gpu = match[1], match[2], match[3].upper()

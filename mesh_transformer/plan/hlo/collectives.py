@@ -2,16 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bytes that each device sends over each mesh axis in one step, from the text of the compiled program.
 
-In an operation on groups of g devices with operands of O bytes each, every device sends at least
+In an operation on groups of g devices with operands of O bytes each, every device sends at least the following number of
+bytes, which rings and tori achieve:
 
     all-gather          O (g - 1)        its operand to all other devices
     reduce-scatter      O (g - 1) / g    its contributions to the results of all other devices
     all-reduce          2 O (g - 1) / g  a reduce-scatter followed by an all-gather
     all-to-all          O (g - 1) / g
-    collective-permute  O                (also send, to another slice, and broadcast)
+    collective-permute  O                the same for a broadcast, and for a send to another slice
 
-bytes, which rings and tori achieve. Operations in loops are multiplied by the trip count. An asynchronous operation
-appears several times (its start, its done, and on TPUs the steps between them) and is counted once.
+Operations in loops are multiplied by the trip count. An asynchronous operation appears several times (as a start, as a
+done, and on TPUs as the steps between them) and is counted once.
 """
 
 import math
@@ -55,7 +56,7 @@ def read_collectives(module: HloModule, sizes: Sequence[int], axes: Sequence[str
                 over, group = _axes_of(_members(instruction, math.prod(sizes)), sizes, axes, kind)
             if group < 2:
                 continue
-            operand_bytes = sum(array.size for arrays in module.operand_arrays(instruction) for array in arrays)
+            operand_bytes = sum(array.nbytes for arrays in module.operand_arrays(instruction) for array in arrays)
             count, sent = found.get((over, kind, group), (0, 0.0))
             found[over, kind, group] = (count + times, sent + times * sent_bytes(kind, operand_bytes, group))
     rows = [Collective(over, kind, group, *rest) for (over, kind, group), rest in found.items()]
@@ -63,7 +64,7 @@ def read_collectives(module: HloModule, sizes: Sequence[int], axes: Sequence[str
 
 
 def sent_bytes(kind: str, operand_bytes: float, group: int) -> float:
-    """Return the bytes that one device sends for one operation; see the table above."""
+    """Return the bytes that one device sends for one operation; see the table at the top of this module."""
     match kind:
         case "all-gather":
             return operand_bytes * (group - 1)

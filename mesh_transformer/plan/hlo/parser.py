@@ -29,8 +29,8 @@ class HloArray(NamedTuple):
     layout: str
 
     @property
-    def size(self) -> int:
-        """Return the bytes without tile padding."""
+    def nbytes(self) -> int:
+        """Size in bytes, without tile padding."""
         bits = BITS.get(self.dtype, 8 if self.dtype.startswith("f8") else 0)
         return math.prod(self.shape) * bits // 8
 
@@ -60,7 +60,7 @@ class Instruction(NamedTuple):
         ]
 
     def called(self) -> Iterator[tuple[str, str]]:
-        """Yield (role, computation) for every called computation; roles are body, condition, calls, ..."""
+        """Yield (role, computation) for every called computation; a role is, for example, body, condition or calls."""
         for match in _CALLED.finditer(self.attributes):
             role = match[0].split("=")[0]
             for name in _NAME.findall(match[1]):
@@ -113,7 +113,7 @@ class HloModule:
         return order[::-1]
 
     def trip_count(self, loop: Instruction) -> int:
-        """Return the number of iterations of a `while`: XLA's known trip count, or its bound minus the initial count.
+        """Return the number of iterations of a `while`: XLA's known trip count, or the bound minus the initial count.
 
         Scans count up by one from a constant. A loop without a constant bound, such as the decoding loop, counts once.
         """

@@ -3,7 +3,7 @@
 """HBM traffic of a compiled program, and the arrays that its loops stack.
 
 XLA's cost analysis counts the body of a loop once. Here the operands and results of every instruction outside of fusions
-count once per run. Of an array that is only sliced, the slices count; of an array that is updated in place, the updates.
+count once per run. If an array is only sliced, its slices count instead; if it is updated in place, the updates count.
 Arrays in on-chip memory do not count. The result is an upper bound, because caches are not modeled.
 """
 
@@ -42,24 +42,24 @@ def _moved(module: HloModule, instruction: Instruction) -> float:
     operands = module.operand_arrays(instruction)
     if opcode == "fusion":
         callee = next(name for _, name in instruction.called())
-        reads = sum(min(_read_of(module, callee, number), _size(arrays)) for number, arrays in enumerate(operands))
+        reads = sum(min(_read_of(module, callee, number), _hbm_bytes(arrays)) for number, arrays in enumerate(operands))
         return reads + _written(module, callee, instruction)
     match opcode:
         case "dynamic-slice" | "slice" | "gather":
-            return 2.0 * _size(instruction.arrays)
+            return 2.0 * _hbm_bytes(instruction.arrays)
         case "dynamic-update-slice":
-            return 2.0 * _size(operands[1])
+            return 2.0 * _hbm_bytes(operands[1])
         case "scatter":
-            return 3.0 * _size(operands[-1])
+            return 3.0 * _hbm_bytes(operands[-1])
         case "copy-start":
-            return _size(operands[0]) + _size(instruction.arrays[:1])
+            return _hbm_bytes(operands[0]) + _hbm_bytes(instruction.arrays[:1])
         case "broadcast":
-            return _size(instruction.arrays)
-    return _size(instruction.arrays) + sum(map(_size, operands))
+            return _hbm_bytes(instruction.arrays)
+    return _hbm_bytes(instruction.arrays) + sum(map(_hbm_bytes, operands))
 
 
 def _read_of(module: HloModule, computation: str, number: int) -> float:
-    """Return the bytes of its parameter `number` that a fused computation reads."""
+    """Return the bytes that a fused computation reads from its parameter `number`."""
     instructions = module.computations.get(computation, [])
     name = next((i.name for i in instructions if i.opcode == "parameter" and i.inside.strip() == str(number)), None)
     if name is None:
@@ -73,7 +73,7 @@ def _read_by_users(module: HloModule, instructions: list[Instruction], name: str
         if name not in user.operands:
             continue
         if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
-            total += _size(user.arrays)
+            total += _hbm_bytes(user.arrays)
         elif user.opcode == "bitcast":
             total += _read_by_users(module, instructions, user.name)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
@@ -93,7 +93,7 @@ def _written(module: HloModule, computation: str, fusion: Instruction) -> float:
     by_name = {i.name: i for i in module.computations.get(computation, [])}
     root = next((i for i in by_name.values() if i.is_root), None)
     if root is None:
-        return _size(fusion.arrays)
+        return _hbm_bytes(fusion.arrays)
     ends = [by_name.get(name) for name in root.operands] if root.opcode == "tuple" else [root]
     total = 0.0
     for end in ends:
@@ -102,16 +102,17 @@ def _written(module: HloModule, computation: str, fusion: Instruction) -> float:
         if end is None:
             continue
         if end.opcode == "dynamic-update-slice" and len(end.operands) > 1 and end.operands[1] in by_name:
-            total += _size(by_name[end.operands[1]].arrays)
+            total += _hbm_bytes(by_name[end.operands[1]].arrays)
         elif end.opcode == "fusion":
             total += _written(module, next(called for _, called in end.called()), end)
         elif end.opcode != "parameter":
-            total += _size(end.arrays)
+            total += _hbm_bytes(end.arrays)
     return total
 
 
-def _size(arrays: list[HloArray]) -> float:
-    return float(sum(array.size for array in arrays if not array.on_chip))
+def _hbm_bytes(arrays: list[HloArray]) -> float:
+    """Return the bytes of the arrays that are in HBM."""
+    return float(sum(array.nbytes for array in arrays if not array.on_chip))
 
 
 class StackedBytes(NamedTuple):
@@ -133,7 +134,7 @@ def stacked_bytes(module: HloModule) -> StackedBytes:
             if root is None or root.opcode != "tuple":
                 continue
             filled = sum(
-                array.size
+                array.nbytes
                 for array, name in zip(loop.arrays, root.operands, strict=False)
                 if array.shape[:1] == (count,) and len(array.shape) > 1 and _is_new(module, name)
             )
@@ -146,10 +147,10 @@ def stacked_bytes(module: HloModule) -> StackedBytes:
 
 def _is_new(module: HloModule, name: str) -> bool:
     """Return whether a result of a loop is computed in its body rather than passed through."""
-    made = module.by_name.get(name)
-    while made is not None and made.opcode in ("copy", "bitcast") and made.operands:
-        made = module.by_name.get(made.operands[0])
-    if made is not None and made.opcode == "get-tuple-element":  # of an argument of the body, or of a fusion
-        made = module.by_name.get(made.operands[0])
-        return made is not None and made.opcode != "parameter"
-    return made is not None
+    producer = module.by_name.get(name)
+    while producer is not None and producer.opcode in ("copy", "bitcast") and producer.operands:
+        producer = module.by_name.get(producer.operands[0])
+    if producer is not None and producer.opcode == "get-tuple-element":  # of an argument of the body, or of a fusion
+        producer = module.by_name.get(producer.operands[0])
+        return producer is not None and producer.opcode != "parameter"
+    return producer is not None

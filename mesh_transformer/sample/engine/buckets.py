@@ -11,8 +11,8 @@ MIN_CACHE_LEN = 128  # smallest bucket of KV caches: attention on a CPU also rea
 class Buckets(NamedTuple):
     """Bucket sizes of one engine."""
 
-    seq_len: int  # longest sequence of the model
-    batch_shards: int = 1  # number of shards of a batch; batch sizes are multiples of it
+    seq_len: int  # maximum number of tokens of a sequence
+    batch_shards: int = 1  # number of shards of a batch; batch sizes are multiples of this number
 
     def cache_len(self, length: int) -> int:
         """Return the KV cache length for sequences of `length` tokens."""

@@ -26,21 +26,21 @@ from mesh_transformer.sample.engine.requests import (
 )
 from mesh_transformer.sample.engine.speculative import Draft, Drafter
 
-RECOMPUTE_CHUNK = 512  # tokens per prefill chunk when the keys of a request are recomputed
+RECOMPUTE_CHUNK = 512  # tokens per prefill chunk when the cached keys of a request are recomputed
 
 
 class DecodeBatch:
     """A batch of decode slots. Empty slots are decoded too; their output is discarded."""
 
     def __init__(self, programs: EnginePrograms, buckets: Buckets, drafter: Drafter | None):
-        """Start without slots. The tokens of `drafter`, if it is given, are verified several at a time."""
+        """Start without slots. If `drafter` is given, all its draft tokens of a step are verified in one forward pass."""
         self.drafter = drafter
         self.stats = SpeculativeStats()
         self._programs = programs
         self._buckets = buckets
         self._slots: list[Request | None] = []
         self._state: DecodeState | None = None
-        self._recomputed: set[int] = set()  # ids of active requests whose keys were recomputed (longrope)
+        self._recomputed: set[int] = set()  # ids of active requests whose cached keys were recomputed (longrope)
 
     @property
     def requests(self) -> list[Request]:
@@ -93,7 +93,7 @@ class DecodeBatch:
         slots = self._slots
         if not self.requests:
             return []
-        assert self._state is not None, "a request in a slot has a state"
+        assert self._state is not None, "a batch with requests has a state"
         allowed = stack_allowed(slots, self._programs.config.n_vocab)
         # A constraint must be updated with every token before the next token is sampled.
         draft = self.drafter.draft(slots, self._state) if self.drafter and allowed is None else None
@@ -118,10 +118,10 @@ class DecodeBatch:
         return self._make_events(output, slots)
 
     def _steps_with_valid_keys(self) -> int | None:
-        """Return the largest number of tokens that all slots can generate with their cached keys; None: no limit.
+        """Return the largest number of tokens that all slots can generate with the keys in the KV cache; None: no limit.
 
-        With longrope, the rotation depends on whether a sequence has passed the trained length. The keys of requests that are
-        about to pass it are recomputed, as in transformers.
+        With longrope, the rotation depends on whether a sequence is longer than the trained length. The keys of requests that
+        are about to exceed it are recomputed, as in transformers.
         """
         config = self._programs.config
         limit = config.padded_len_limit(1)
@@ -156,17 +156,17 @@ class DecodeBatch:
         The number of slots is reduced when it is at least four times the required number.
         """
         n_active = len(self.requests)
-        wanted = self._buckets.batch_size(n_active + n)
+        needed = self._buckets.batch_size(n_active + n)
         cache_len = self._buckets.cache_len(length)
         n_slots = len(self._slots)
         if self._state is None or not n_active:
-            if self._state is None or (wanted, cache_len) != (n_slots, self._cache_len):
+            if self._state is None or (needed, cache_len) != (n_slots, self._cache_len):
                 self._state = None  # freed before the next state is allocated
-                self._state = self._programs.make_state(blank_params(self._programs.config.n_vocab), wanted, cache_len)
-                self._slots = [None] * wanted
+                self._state = self._programs.make_state(blank_params(self._programs.config.n_vocab), needed, cache_len)
+                self._slots = [None] * needed
             return
-        if wanted > n_slots or 4 * wanted <= n_slots or cache_len > self._cache_len:
-            self._resize(max(wanted, n_slots) if 4 * wanted > n_slots else wanted, max(cache_len, self._cache_len))
+        if needed > n_slots or 4 * needed <= n_slots or cache_len > self._cache_len:
+            self._resize(max(needed, n_slots) if 4 * needed > n_slots else needed, max(cache_len, self._cache_len))
 
     def _resize(self, n_slots: int, cache_len: int) -> None:
         order = [i for i, request in enumerate(self._slots) if request]
@@ -208,12 +208,12 @@ class DecodeBatch:
 
     def _count_accepted(self, draft: Draft, output: StepOutput, slots: Sequence[Request | None]) -> None:
         n = draft.tokens.shape[1]
-        drafted = np.arange(n)[None] < draft.lengths[:, None]
-        accepted = drafted & np.asarray(output.valid[:, :n]) & (np.asarray(output.token[:, :n]) == draft.tokens)
+        is_draft = np.arange(n)[None] < draft.lengths[:, None]
+        accepted = is_draft & np.asarray(output.valid[:, :n]) & (np.asarray(output.token[:, :n]) == draft.tokens)
         for i, request in enumerate(slots):
             if request:
                 for stats in (request.speculative, self.stats):
-                    stats.draft_tokens += int(drafted[i].sum())
+                    stats.draft_tokens += int(is_draft[i].sum())
                     stats.accepted_tokens += int(accepted[i].sum())
 
 

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Engine of decoder-only models: continuous batching with chunked prefill and a few programs of fixed shapes.
 
-A request waits, its prompt is prefilled in chunks together with prompts of similar length, and a slot decodes it until its
-last token. Prefill and decode alternate, so neither blocks the other. Prompt lengths are rounded up to powers of two
+A request waits, its prompt is prefilled in chunks together with prompts of similar length, and its output is decoded in a slot
+until its last token. Prefill and decode alternate, so neither blocks the other. Prompt lengths are rounded up to powers of two
 from 16, cache lengths to powers of two from 128, and the number of slots to a few sizes, so that compiled programs are
 reused (buckets.py). Prompts are padded on the right: KV cache entries of the padding are overwritten before any query
 reads them.
@@ -53,7 +53,7 @@ class DecoderOnlyEngine(Engine):
           drafter: Source of draft tokens for speculative decoding.
 
         Raises:
-          ConfigError: an array does not divide over the mesh.
+          ConfigError: an array cannot be divided evenly over the mesh, or the model or mesh is not supported.
         """
         options = options or EngineOptions()
         shards = layout.batch_shards if layout else 1
@@ -116,7 +116,7 @@ class DecoderOnlyEngine(Engine):
             raise PromptError(f"got {len(tokens)} tokens; logits need at least 1 token and at most seq_len={seq_len}")
         if outside := [token for token in tokens if not 0 <= token < n_vocab]:
             raise PromptError(
-                f"got the token {outside[0]}, but the model's vocabulary is 0..{n_vocab - 1}; use its tokenizer"
+                f"got the token {outside[0]}, but the model's vocabulary is 0..{n_vocab - 1}; use the model's tokenizer"
             )
         padded = np.zeros((self.buckets.batch_size(1), self._padded_len(tokens)), np.int32)
         padded[:, : len(tokens)] = tokens
@@ -182,7 +182,7 @@ class DecoderOnlyEngine(Engine):
 
 
 def require_decoder_only(engine: Engine, purpose: str) -> DecoderOnlyEngine:
-    """Return `engine` if its model is decoder-only. Raises ConfigError, naming the `purpose`, if it is not."""
+    """Return `engine` if its model is decoder-only. Otherwise raises ConfigError, which states the `purpose`."""
     if not isinstance(engine, DecoderOnlyEngine):
         raise ConfigError(
             f"model.n_encoder_layers={engine.config.n_encoder_layers}: {purpose} supports only decoder-only models; use "

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Engine of encoder-decoder models: the encoder runs once on the prompt, and the decoder generates the output.
 
-Waiting requests run in batches, one after the other; a batch ends with its last request. The encoder's keys and values
+Waiting requests run in batches, one after the other; a batch ends when its last request ends. The encoder's keys and values
 stay in the cache, so a token costs one pass through the decoder. Experts process every token, in the encoder too, so an
 output depends neither on padding nor on other requests in the batch.
 """
@@ -31,8 +31,8 @@ class Batch:
 
     requests: list[Request]
     state: EncoderDecoderState
-    encoder_tokens: Int[Array, "B S"] | None  # None once they are encoded
-    ended: set[int] = dataclasses.field(default_factory=set)  # ids of requests
+    encoder_tokens: Int[Array, "B S"] | None  # None after the encoder has run
+    ended: set[int] = dataclasses.field(default_factory=set)  # ids of the requests that have ended
 
     @property
     def unfinished(self) -> list[Request]:
@@ -69,7 +69,7 @@ class EncoderDecoderEngine(Engine):
             config, params, layout, weight_dtype=options.weight_dtype, kv_cache_dtype=options.kv_cache_dtype
         )
         self._start_token = start_token
-        self._end = [] if end_token is None else [end_token]
+        self._end_tokens = [] if end_token is None else [end_token]
         self._buckets = Buckets(config.seq_len, layout.batch_shards if layout else 1)
         self._waiting: deque[Request] = deque()
         self._batch: Batch | None = None
@@ -100,7 +100,7 @@ class EncoderDecoderEngine(Engine):
         return request
 
     def step(self, steps: int = DECODE_CHUNK) -> list[Event]:
-        """Generate up to `steps` tokens for every request of the current batch, or of the next batch if it has ended."""
+        """Generate up to `steps` tokens for every request of the current batch; start the next batch if none is active."""
         events: list[Event] = []
         if not self.active:
             self._batch = self._start_batch()
@@ -116,7 +116,7 @@ class EncoderDecoderEngine(Engine):
         self._waiting = deque(waiting[self.slots :])
         if not requests:
             return None
-        prompts = [[*request.prompt.tolist(), *self._end][: self.config.seq_len] for request in requests]
+        prompts = [[*request.prompt.tolist(), *self._end_tokens][: self.config.seq_len] for request in requests]
         batch_size = self._buckets.batch_size(len(requests))
         tokens = np.zeros((batch_size, self._buckets.prefill_len(max(map(len, prompts)))), np.int32)
         segment_ids = np.zeros_like(tokens)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Compiled programs of encoder-decoder models: encode prompts, and decode the next token of every output.
+"""Compiled programs of encoder-decoder models: encoding of prompts, and decoding of the next token of every output.
 
 The encoder's keys and values are cached, so that a token costs one pass through the decoder.
 """
@@ -22,8 +22,8 @@ from mesh_transformer.sample.sampling import Sampled, SamplingOptions, position_
 class EncoderDecoderState(NamedTuple):
     """On-device state of a batch of outputs."""
 
-    caches: Any  # as init_cache, with a separate array [B, K, S, C] for every layer; includes cross-attention
-    segment_ids: Int[Array, "B S"]  # of the encoder's tokens: 1, and 0 for padding
+    caches: Any  # from init_cache, but with a separate array [B, K, S, C] for every layer; includes cross-attention
+    segment_ids: Int[Array, "B S"]  # of the encoder's input: 1 for tokens, 0 for padding
     token: Int[Array, "B"]  # last sampled token, not in the KV cache yet
     position: Int[Array, ""]  # position of `token`, the same in every output
     counts: Int[Array, "B V"]  # how often each token was generated

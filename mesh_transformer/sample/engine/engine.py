@@ -3,7 +3,7 @@
 """Interface of engines, which generate tokens for many requests at once.
 
 Implementations are DecoderOnlyEngine (decoder_only.py) and EncoderDecoderEngine (encoder_decoder.py). Both sample the
-token at position p of sample i of a prompt with the key fold_in(fold_in(key(seed), i), p), so a token does not depend on
+token at position p of sample i of a prompt with the random key fold_in(fold_in(key(seed), i), p), so a token does not depend on
 the other requests in the batch, on padding, or on how many tokens are decoded at a time.
 """
 
@@ -20,7 +20,7 @@ from mesh_transformer.sample.engine.requests import Event, PromptError, Request,
 
 
 class Completion(NamedTuple):
-    """Tokens generated for one sample, including the stop token if one ended it."""
+    """Tokens generated for one sample, including a stop token that ended the sample."""
 
     tokens: list[int]
     logprobs: list[float]
@@ -33,7 +33,7 @@ class EngineOptions:
 
     slots: int = 32  # requests decoded at once
     prefill_chunk: int = 512  # longer prompts are prefilled in chunks of this many tokens
-    prefix_cache_bytes: int = 1 << 28  # KV caches kept for prompts that share a prefix; 0: none
+    prefix_cache_bytes: int = 1 << 28  # of KV caches kept for later prompts that share a prefix; 0: no prefix cache
     weight_dtype: str = "saved"  # see ServeConfig.weight_dtype
     kv_cache_dtype: str = "model"  # see ServeConfig.kv_cache_dtype
 
@@ -107,8 +107,8 @@ class Engine(Protocol):
         Args:
           prompts: Token ids.
           options: Sampling options of all prompts, or a list with the options of each prompt.
-          max_tokens: Generated tokens per sample; None: `max_tokens` of the options.
-          stop_tokens: A sample ends after any of these.
+          max_tokens: Maximum number of generated tokens per sample; None: `max_tokens` of the options.
+          stop_tokens: Token ids; a sample ends after any of them.
           seed: Seed of the samples.
           n: Samples per prompt.
 

@@ -72,7 +72,7 @@ class ChunkSizer:
     """Adapts the number of tokens per decode chunk so that a chunk takes `interval` seconds. `with sizer:` times a chunk."""
 
     def __init__(self, interval: float):
-        """Start with one token, or with DECODE_CHUNK if `interval` is infinite."""
+        """Start with chunks of one token, or of DECODE_CHUNK tokens if `interval` is infinite."""
         self.steps = DECODE_CHUNK if math.isinf(interval) else 1
         self._interval = interval
         self._start = 0.0
@@ -80,7 +80,7 @@ class ChunkSizer:
     def __enter__(self) -> None:
         self._start = time.monotonic()
 
-    def __exit__(self, *failure: object) -> None:
+    def __exit__(self, *error: object) -> None:
         elapsed = time.monotonic() - self._start
         if elapsed > self._interval:
             self.steps = max(self.steps // 2, 1)

@@ -45,8 +45,8 @@ class PrefillBatch:
         self.prompt_index = {request.id: order[request.prompt.tobytes()] for request in requests}
         self._prompts = list(prompts.values())
         batch_size = buckets.batch_size(len(self._prompts))
-        self._padded = self._prompts + [self._prompts[0]] * (batch_size - len(self._prompts))
-        self._lengths = np.array([len(prompt) for prompt in self._padded], np.int32)
+        self._padded_prompts = self._prompts + [self._prompts[0]] * (batch_size - len(self._prompts))
+        self._lengths = np.array([len(prompt) for prompt in self._padded_prompts], np.int32)
         self._done = np.zeros(batch_size, np.int32)  # prefilled tokens of each prompt
         self._max_chunk = buckets.prefill_len(max_chunk)
         if self._with_scores:
@@ -64,12 +64,12 @@ class PrefillBatch:
 
     def prefill_chunk(self) -> None:
         """Prefill one chunk of every prompt; after the last chunk, add the prompts to the prefix cache."""
-        size = self._buckets.prefill_len(min(self.remaining, self._max_chunk), self._max_chunk)
-        tokens = np.zeros((len(self._padded), size), np.int32)
+        chunk_len = self._buckets.prefill_len(min(self.remaining, self._max_chunk), self._max_chunk)
+        tokens = np.zeros((len(self._padded_prompts), chunk_len), np.int32)
         targets = np.zeros_like(tokens)
-        for i, prompt in enumerate(self._padded):
-            chunk = prompt[self._done[i] :][:size]
-            following = prompt[self._done[i] + 1 :][:size]
+        for i, prompt in enumerate(self._padded_prompts):
+            chunk = prompt[self._done[i] :][:chunk_len]
+            following = prompt[self._done[i] + 1 :][:chunk_len]
             tokens[i, : len(chunk)] = chunk
             targets[i, : len(following)] = following
         reached_len = None if self._reached_len is None else np.full_like(self._lengths, self._reached_len)
@@ -78,14 +78,14 @@ class PrefillBatch:
         self.caches, self.logits, scores = self._programs.prefill(self.caches, self.logits, inputs, self._with_scores)
         if scores is not None:
             self._add_scores(*jax.device_get(scores))
-        self._done = np.minimum(self._done + size, self._lengths)
+        self._done = np.minimum(self._done + chunk_len, self._lengths)
         if not self.remaining:
             self._cache_prefixes()
 
     def scores(self, request: Request) -> list[Score]:
-        """Return the scores of a request's prompt tokens after the first."""
-        found = self._scores[self.prompt_index[request.id]]
-        return [Score(score.logprob, score.top[: request.params.top_logprobs]) for score in found]
+        """Return the scores of all prompt tokens of a request but the first."""
+        scores = self._scores[self.prompt_index[request.id]]
+        return [Score(score.logprob, score.top[: request.params.top_logprobs]) for score in scores]
 
     def _add_scores(self, logprobs: np.ndarray, best: np.ndarray, ids: np.ndarray) -> None:
         for i, prompt in enumerate(self._prompts):
@@ -102,7 +102,7 @@ class PrefillBatch:
                 self._done[i] = prefix.length
 
     def _is_reusable(self, prompt: np.ndarray) -> bool:
-        """Return whether the keys of a prompt's prefixes suit other prompts. With longrope, they depend on the full length."""
+        """Return whether a prompt can share cached keys with other prompts. With longrope, keys depend on the full length."""
         config = self._programs.config
         return config.padded_len_limit(len(prompt)) == config.padded_len_limit(1) and self._reached_len is None
 

@@ -37,11 +37,11 @@ class PrefixCache:
 
     def insert(self, prompt: np.ndarray, caches: Any) -> None:
         """Add the caches of a prompt (int32 [T]), unless they exceed `max_bytes` by themselves."""
-        size = _nbytes(caches)
-        if size > self._max_bytes:
+        nbytes = _nbytes(caches)
+        if nbytes > self._max_bytes:
             return
         self._entries[prompt.tobytes()] = caches
-        self.nbytes += size
+        self.nbytes += nbytes
         while self.nbytes > self._max_bytes:
             _, oldest = self._entries.popitem(last=False)
             self.nbytes -= _nbytes(oldest)
@@ -53,20 +53,20 @@ class PrefixCache:
         self.reused_tokens = 0
 
     def match(self, prompt: np.ndarray) -> Prefix | None:
-        """Return the longest cached prefix of `prompt`, excluding its last token, whose logits are always needed."""
-        best, best_key = 0, None
+        """Return the longest cached prefix of `prompt` without its last token, whose logits must always be computed."""
+        best_len, best_key = 0, None
         for key in self._entries:
             other = np.frombuffer(key, np.int32)
-            size = min(len(other), len(prompt) - 1)
-            differ = np.flatnonzero(other[:size] != prompt[:size])
-            common = int(differ[0]) if differ.size else size
-            if common > best:
-                best, best_key = common, key
-        if best_key is None or best < MIN_PREFIX_LEN:
+            max_common = min(len(other), len(prompt) - 1)
+            differences = np.flatnonzero(other[:max_common] != prompt[:max_common])
+            common = int(differences[0]) if differences.size else max_common
+            if common > best_len:
+                best_len, best_key = common, key
+        if best_key is None or best_len < MIN_PREFIX_LEN:
             return None
         self._entries.move_to_end(best_key)
-        self.reused_tokens += best
-        return Prefix(best, self._entries[best_key])
+        self.reused_tokens += best_len
+        return Prefix(best_len, self._entries[best_key])
 
 
 def _nbytes(caches: Any) -> int:

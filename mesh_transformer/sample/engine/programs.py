@@ -3,7 +3,7 @@
 """Compiled programs of the engines: prefill, slot insertion, decode, and draft and verify of speculative decoding.
 
 Decoding one token reads every weight once, so the time per token is bound by memory bandwidth; weights.py stores the
-weights such that no other bytes are read.
+weights such that no additional bytes are read.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ class CompiledModel:
                 f"mesh.context={sizes['context']}, mesh.pipeline={sizes['pipeline']}: inference does not support context or "
                 "pipeline parallelism; set both to 1"
             )
-        # Layers are unrolled. A sequence of one token cannot be sharded, and nothing is differentiated.
+        # Layers are unrolled, nothing is differentiated, and sequences are not sharded, because decoding has length 1.
         unroll = max(config.n_layers, config.n_encoder_layers or 0)
         self.config = dataclasses.replace(config, scan_unroll=unroll, remat="none", dropout=0.0)
         self.layout = layout and layout._replace(rules={**layout.rules, "sequence": (), "activation_seq": ()})
@@ -108,7 +108,10 @@ class EnginePrograms(CompiledModel):
     ):
         """See CompiledModel."""
         if not config.causal:
-            raise ConfigError("model.causal=false: an encoder-only model cannot generate text; use Model.encode")
+            raise ConfigError(
+                "model.causal=false: an encoder-only model cannot generate text; load it with mesh_transformer.load_model and use "
+                "the Encoder that it returns"
+            )
         if config.n_encoder_layers is not None:
             raise ConfigError(
                 f"model.n_encoder_layers={config.n_encoder_layers}: DecoderOnlyEngine supports only decoder-only models; use "
@@ -208,26 +211,26 @@ class EnginePrograms(CompiledModel):
         The logits of a prompt are replaced if its last token is in the chunk. Scores are the log-probabilities of the
         targets [B, T], and the log-probabilities and ids [B, T, M] of the most probable tokens.
         """
-        size = chunk.tokens.shape[1]
-        positions = chunk.start[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
-        last = jnp.clip(chunk.last - chunk.start, 0, size - 1)
-        # Only the logits of the last position are computed, unless all positions are scored.
+        chunk_len = chunk.tokens.shape[1]
+        positions = chunk.start[:, None] + jnp.arange(chunk_len, dtype=jnp.int32)[None]
+        last = jnp.clip(chunk.last - chunk.start, 0, chunk_len - 1)
         reached_len = chunk.last + 1 if chunk.reached_len is None else chunk.reached_len
+        # Only the logits of the last position are computed, unless all positions are scored.
         logits_at = None if with_scores else last
-        found, caches = self._forward(weights, chunk.tokens, positions, caches, logits_at, reached_len)
-        at_last = jnp.take_along_axis(found, last[:, None, None], axis=1)[:, 0] if with_scores else found[:, 0]
-        ends_here = (chunk.last >= chunk.start) & (chunk.last < chunk.start + size)
-        scores = self._score(found, chunk.targets) if with_scores and chunk.targets is not None else None
-        return caches, jnp.where(ends_here[:, None], at_last, logits), scores
+        new, caches = self._forward(weights, chunk.tokens, positions, caches, logits_at, reached_len)
+        last_logits = jnp.take_along_axis(new, last[:, None, None], axis=1)[:, 0] if with_scores else new[:, 0]
+        ends_here = (chunk.last >= chunk.start) & (chunk.last < chunk.start + chunk_len)
+        scores = self._score(new, chunk.targets) if with_scores and chunk.targets is not None else None
+        return caches, jnp.where(ends_here[:, None], last_logits, logits), scores
 
     def _score(
         self, logits: Float[Array, "B T V"], targets: Int[Array | np.ndarray, "B T"]
     ) -> tuple[Array, Array, Array]:
         flat = logits.reshape(-1, logits.shape[-1])
         best, ids = top_logprobs(flat, min(MAX_TOP_LOGPROBS, self.config.n_vocab))
-        chosen = jnp.take_along_axis(flat, targets.reshape(-1, 1), axis=1)[:, 0] - jax.nn.logsumexp(flat, axis=1)
+        logprobs = jnp.take_along_axis(flat, targets.reshape(-1, 1), axis=1)[:, 0] - jax.nn.logsumexp(flat, axis=1)
         shape = targets.shape
-        return chosen.reshape(shape), best.reshape(*shape, -1), ids.reshape(*shape, -1)
+        return logprobs.reshape(shape), best.reshape(*shape, -1), ids.reshape(*shape, -1)
 
     def _first_token(
         self,
@@ -343,7 +346,7 @@ class EnginePrograms(CompiledModel):
         params: BatchParams,
         n: int,
     ) -> tuple[Any, Int[Array, "B N"]]:
-        """Sample `n` draft tokens after `position` with the keys of the requests; another model verifies them."""
+        """Sample `n` draft tokens after `position` with the requests' random keys; another model verifies them."""
         unfinished = jnp.zeros(position.shape, bool)
         params = params._replace(last_position=jnp.full_like(position, self.config.seq_len))
         state = DecodeState(None, position, position, unfinished, counts, params)
@@ -352,8 +355,8 @@ class EnginePrograms(CompiledModel):
             state, output = self._sample(state, logits, ~unfinished, None, 0)
             draft_tokens.append(output.token)
             if i + 1 < n:
-                found, caches = self._forward(weights, state.token[:, None], state.position[:, None], caches)
-                logits = found[:, 0]
+                new, caches = self._forward(weights, state.token[:, None], state.position[:, None], caches)
+                logits = new[:, 0]
         return caches, jnp.stack(draft_tokens, axis=1)
 
 

@@ -17,7 +17,7 @@ from mesh_transformer.sample.engine.device_state import BatchParams
 from mesh_transformer.sample.sampling import stack_options
 
 MAX_STOP_TOKENS = 16  # per request
-MAX_TOP_LOGPROBS = 20  # alternatives reported per token
+MAX_TOP_LOGPROBS = 20  # most probable tokens reported for each token
 
 _request_ids = itertools.count()
 
@@ -43,7 +43,7 @@ class Score(NamedTuple):
     """Log-probability of a prompt token given the tokens before it."""
 
     logprob: float
-    top: list[tuple[int, float]]  # most probable tokens at its position, with their log-probabilities
+    top: list[tuple[int, float]]  # most probable tokens at the same position, with their log-probabilities
 
 
 class Event(NamedTuple):
@@ -54,7 +54,7 @@ class Event(NamedTuple):
     logprob: float  # natural log-probability in the unmodified distribution of the model
     finish: Literal["stop", "length"] | None  # None except for the request's last token
     top: list[tuple[int, float]] | None = None  # most probable tokens and their log-probabilities, if requested
-    prompt_scores: list[Score] | None = None  # first event only, if requested: scores of prompt tokens 1, 2, ...
+    prompt_scores: list[Score] | None = None  # first event only, if requested: all prompt tokens but the first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +63,12 @@ class RequestParams:
 
     options: SampleConfig = dataclasses.field(default_factory=SampleConfig)
     _: dataclasses.KW_ONLY
-    max_tokens: int | None = None  # generated tokens; None: options.max_tokens
-    stop_tokens: Sequence[int] = ()  # generation ends after any of these
+    max_tokens: int | None = None  # maximum number of generated tokens; None: options.max_tokens
+    stop_tokens: Sequence[int] = ()  # generation ends after any of these tokens
     seed: int = 0
-    sample: int = 0  # index among the samples of the prompt; folded into the key so that samples differ
+    sample: int = 0  # index among the samples of the prompt; folded into the random key so that samples differ
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)  # token -> value added to its logit
-    top_logprobs: int = 0  # most probable tokens reported per token
+    top_logprobs: int = 0  # number of most probable tokens to report for each generated token
     score_prompt: bool = False  # also report log-probabilities of the prompt's tokens
     constraint: Constraint | None = None
 
@@ -113,15 +113,15 @@ def make_request(
     """Return a valid request. Raises PromptError if the model cannot serve it; messages call the prompt `name`."""
     bad = next((token for token in prompt if not -(2**31) <= token < 2**31), None)
     if bad is not None:
-        raise PromptError(_outside(name, bad, config))
+        raise PromptError(_describe_outside_token(name, bad, config))
     params = dataclasses.replace(params, stop_tokens=list(dict.fromkeys(params.stop_tokens)))
     request = Request(np.asarray(prompt, np.int32), params)
     _check(request, config, name)
     return request
 
 
-def _outside(name: str, token: int, config: ModelConfig) -> str:
-    return f"{name} has the token {token}, but the model's vocabulary is 0..{config.n_vocab - 1}; use its tokenizer"
+def _describe_outside_token(name: str, token: int, config: ModelConfig) -> str:
+    return f"{name} has the token {token}, but the model's vocabulary is 0..{config.n_vocab - 1}; use the model's tokenizer"
 
 
 def _check(request: Request, config: ModelConfig, name: str) -> None:
@@ -133,7 +133,7 @@ def _check(request: Request, config: ModelConfig, name: str) -> None:
     named = {name: request.prompt.tolist(), "logit_bias": params.logit_bias, "stop_tokens": params.stop_tokens}
     for field, tokens in named.items():
         if outside := [token for token in tokens if not 0 <= token < config.n_vocab]:
-            raise PromptError(_outside(field, outside[0], config))
+            raise PromptError(_describe_outside_token(field, outside[0], config))
     if max_tokens < 1:
         raise PromptError(f"max_tokens={max_tokens}: must be at least 1")
     if length >= seq_len:
@@ -189,7 +189,7 @@ def stack_allowed(slots: Sequence[Request | None], n_vocab: int) -> Bool[Array, 
 
 
 def make_keys(requests: Sequence[Request]) -> Any:
-    """Return a random key [B] for each request: fold_in(key(seed), sample)."""
+    """Return random keys [B]: fold_in(key(seed), sample) of each request."""
     return _make_keys(np.array([(r.params.seed, r.params.sample) for r in requests], np.uint32))
 
 

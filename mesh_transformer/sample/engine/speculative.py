@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speculative decoding: cheap draft tokens, verified several at a time (Leviathan et al. 2023, arXiv 2211.17192).
 
-The engine samples the token of every position from the distribution of the model, with the random key of that position. A
-draft token only determines whether the next positions are already computed. The tokens are therefore identical to those of
-decoding without drafts, not only samples of the same distribution. A draft model uses the same keys as the model: where
-their distributions are similar, both mostly sample the same token, at any temperature.
+The engine samples the token of every position from the distribution of the model, with the random key of that position. If a
+draft token equals the sampled token, the same forward pass also yields the logits of the next position. The tokens are
+therefore identical to those of decoding without drafts, not only samples of the same distribution. A draft model uses the
+same random keys as the model: where their distributions are similar, both mostly sample the same token, at any temperature.
 """
 
 from collections.abc import Sequence
@@ -55,9 +55,9 @@ class PromptLookupDrafter:
         lengths = np.zeros(len(slots), np.int32)
         for i, request in enumerate(slots):
             if request:
-                found = self._look_up(request.all_tokens)
-                tokens[i, : len(found)] = found
-                lengths[i] = len(found)
+                draft = self._look_up(request.all_tokens)
+                tokens[i, : len(draft)] = draft
+                lengths[i] = len(draft)
         return Draft(tokens, lengths) if lengths.any() else None
 
     def _look_up(self, tokens: np.ndarray) -> np.ndarray:
@@ -81,8 +81,8 @@ class DraftModelDrafter:
         self._buckets = Buckets(config.seq_len)
         self._num_draft_tokens = num_draft_tokens
         self._caches: Any = None
-        self._slots: list[Request | None] = []  # requests whose tokens are in the caches
-        self._cached = np.zeros(0, np.int32)  # number of cached tokens of each slot
+        self._slots: list[Request | None] = []  # requests of the slots of the caches
+        self._n_cached = np.zeros(0, np.int32)  # number of cached tokens of each slot
 
     def draft(self, slots: Sequence[Request | None], state: DecodeState) -> Draft | None:
         """Return draft tokens, or None if a sequence with its draft exceeds the draft model's seq_len.
@@ -95,32 +95,32 @@ class DraftModelDrafter:
             return None
         check_vocabulary(self.config, state.counts.shape[1])
         self._fit_caches(slots, self._buckets.cache_len(longest))
-        self._cached = np.where([request is not None for request in slots], self._cached, lengths)
-        new = lengths - self._cached
-        tokens = np.zeros((len(slots), self._buckets.prefill_len(int(new.max()))), np.int32)
+        self._n_cached = np.where([request is not None for request in slots], self._n_cached, lengths)
+        n_new = lengths - self._n_cached
+        tokens = np.zeros((len(slots), self._buckets.prefill_len(int(n_new.max()))), np.int32)
         for i, request in enumerate(slots):
             if request:
-                tokens[i, : new[i]] = request.all_tokens[self._cached[i] :]
+                tokens[i, : n_new[i]] = request.all_tokens[self._n_cached[i] :]
         logits = jnp.zeros((len(slots), self.config.n_vocab), jnp.float32)
-        chunk = PromptChunk(tokens, self._cached, lengths - 1)
+        chunk = PromptChunk(tokens, self._n_cached, lengths - 1)
         caches, logits, _ = self._programs.prefill(self._caches, logits, chunk, False)
         self._caches, draft_tokens = self._programs.draft(
             caches, logits, lengths - 1, state.counts, state.params, self._num_draft_tokens
         )
-        self._cached = lengths
-        drafted = np.array([self._num_draft_tokens if request else 0 for request in slots], np.int32)
-        return Draft(np.asarray(draft_tokens), drafted)
+        self._n_cached = lengths
+        draft_lengths = np.array([self._num_draft_tokens if request else 0 for request in slots], np.int32)
+        return Draft(np.asarray(draft_tokens), draft_lengths)
 
     def _fit_caches(self, slots: Sequence[Request | None], cache_len: int) -> None:
         """Resize the caches for `slots` and `cache_len`, and invalidate the entries of other requests."""
         if self._caches is None or len(self._slots) != len(slots) or _cache_len(self._caches) < cache_len:
             self._caches = self._programs.make_caches(len(slots), cache_len)
             self._slots = [None] * len(slots)
-            self._cached = np.zeros(len(slots), np.int32)
+            self._n_cached = np.zeros(len(slots), np.int32)
         for i, request in enumerate(slots):
             if request is not self._slots[i]:
                 self._slots[i] = request
-                self._cached[i] = 0
+                self._n_cached[i] = 0
 
 
 def check_vocabulary(draft: ModelConfig, n_vocab: int) -> None:

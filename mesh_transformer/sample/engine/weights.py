@@ -3,7 +3,7 @@
 """Weights for decoding: a separate array for every layer, with the data type and sharding in which it is used.
 
 Slicing stacked weights would copy them, which at least doubles the memory traffic. Weights with more bytes per element than
-the activations are cast once, here. Weights with fewer are dequantized where they are used (model/quantization.py).
+the activations are cast once, here. Weights with fewer bytes are dequantized where they are used (model/quantization.py).
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ from mesh_transformer.model.params import STACK
 from mesh_transformer.model.quantization import Quantized, quantize
 from mesh_transformer.model.shapes import describe_params
 
-# XLA options with which weights are converted inside the decode loop.
+# XLA options that keep the conversion of weights inside the decode loop.
 CPU_CONVERT_LATE = {
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
     "xla_disable_hlo_passes": "while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion",
@@ -73,16 +73,16 @@ def contracted_dims(name: str, axes: tuple[str, ...]) -> tuple[int, ...]:
 
     The router weight is excluded, because routing requires the trained precision.
     """
-    short = name.rpartition("/")[2]
-    if not short.startswith("w_") or short in ("w_positions", "w_token_types", "w_router"):
+    leaf = name.rpartition("/")[2]
+    if not leaf.startswith("w_") or leaf in ("w_positions", "w_token_types", "w_router"):
         return ()
-    if short == "w_tokens" or axes[0] == "expert":
+    if leaf == "w_tokens" or axes[0] == "expert":
         return (1,)
     return (0,) if axes[0] in ("embed", "latent") else tuple(range(len(axes) - 1))
 
 
 def choose_compiler_options(weights: Any, config: ModelConfig) -> dict[str, str] | None:
-    """Return XLA options if weights have fewer bytes per element than the activations, on a CPU; None otherwise.
+    """Return XLA options for a CPU if a matrix has fewer bytes per element than 4 or than activations; otherwise None.
 
     By default XLA converts all weights at once, outside the decode loop, which needs three times the memory.
     """

@@ -131,9 +131,9 @@ def test_unigram_is_stored_as_llama_cpp_reads_it():
 
 
 def test_other_divisions_are_refused():
-    with pytest.raises(CheckpointError, match="no Unigram tokenizer that divides texts as the one of this model"):
+    with pytest.raises(CheckpointError, match="no Unigram tokenizer that divides texts as the tokenizer of this model"):
         write(unigram_table(pre_tokenizer={"type": "Whitespace"}))
     cased = bert_table()
     cased["normalizer"]["lowercase"] = False
-    with pytest.raises(CheckpointError, match="no WordPiece tokenizer with the normalizer of this model"):
+    with pytest.raises(CheckpointError, match="no WordPiece tokenizer with the normalizer of this model's tokenizer"):
         write(cased)

@@ -65,7 +65,7 @@ def test_round_trip_is_bit_exact(name, tmp_path):
 @pytest.mark.parametrize("name", ["gpt-neox", "gemma2"])
 def test_other_functions_are_refused(name, tmp_path):
     make_model_folder(tmp_path / "model", name)
-    with pytest.raises(CheckpointError, match=r"cannot represent (activation = 'gelu-tanh'|attention_scale = 0.25)"):
+    with pytest.raises(CheckpointError, match=r'cannot represent (activation = "gelu-tanh"|attention_scale = 0.25)'):
         export(tmp_path / "model", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

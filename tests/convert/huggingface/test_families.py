@@ -128,19 +128,19 @@ def test_encoder_decoder_equals_transformers_in_both_directions(name, tmp_path):
 
 def test_umt5_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "umt5"}))
-    with pytest.raises(CheckpointError, match=r"model_type 'umt5' is not supported; supported: .*mt5"):
+    with pytest.raises(CheckpointError, match=r'model_type "umt5" is not supported; supported: .*mt5'):
         open_huggingface(tmp_path)
 
 
 REFUSED = [
-    ("opt", "do_layer_norm_before", False, "do_layer_norm_before = False is not supported"),
-    ("opt", "word_embed_proj_dim", 24, "word_embed_proj_dim = 24 is not supported; supported: .48"),
-    ("bloom", "apply_residual_connection_post_layernorm", True, "apply_residual_connection_post_layernorm = True"),
-    ("mpt", "logit_scale", "inv_sqrt_d_model", "logit_scale = 'inv_sqrt_d_model' is not supported"),
-    ("mpt", "attn_config", {"qk_ln": True}, "attn_config.qk_ln = True is not supported; supported: False"),
+    ("opt", "do_layer_norm_before", False, "do_layer_norm_before = false is not supported"),
+    ("opt", "word_embed_proj_dim", 24, "word_embed_proj_dim = 24 is not supported; supported: 48"),
+    ("bloom", "apply_residual_connection_post_layernorm", True, "apply_residual_connection_post_layernorm = true"),
+    ("mpt", "logit_scale", "inv_sqrt_d_model", 'logit_scale = "inv_sqrt_d_model" is not supported'),
+    ("mpt", "attn_config", {"qk_ln": True}, "attn_config.qk_ln = true is not supported; supported: false"),
     ("mpt", "attn_config", {"alibi_bias_max": 16}, "attn_config.alibi_bias_max = 16 is not supported; supported: 8"),
-    ("falcon", "num_ln_in_parallel_attn", 2, "num_ln_in_parallel_attn = 2 with new_decoder_architecture = False"),
-    ("gpt_bigcode", "add_cross_attention", True, "add_cross_attention = True is not supported"),
+    ("falcon", "num_ln_in_parallel_attn", 2, "num_ln_in_parallel_attn = 2 with new_decoder_architecture = false"),
+    ("gpt_bigcode", "add_cross_attention", True, "add_cross_attention = true is not supported"),
 ]
 
 

@@ -80,7 +80,7 @@ def test_keys_of_the_first_gemma3_files(tmp_path):
 
 
 def test_what_is_not_supported_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="use_bidirectional_attention = True"):
+    with pytest.raises(CheckpointError, match="use_bidirectional_attention = true"):
         read(tmp_path, **GEMMA3, model_type="gemma3_text", use_bidirectional_attention=True)
     with pytest.raises(CheckpointError, match="attn_logit_softcapping = 50"):  # transformers ignores it
         read(tmp_path, **GEMMA3, model_type="gemma3_text", attn_logit_softcapping=50.0)

@@ -75,13 +75,13 @@ def test_equals_mesh_transformer_jax():
 
 def test_unknown_model_type_is_refused():
     with pytest.raises(
-        CheckpointError, match=r"no reference implementation of model_type 'bert'; supported: gpt2, .*qwen3"
+        CheckpointError, match=r'no reference implementation of model_type "bert"; supported: gpt2, .*qwen3'
     ):
         run_huggingface({}, {"model_type": "bert"}, np.zeros((1, 1), np.int32))
 
 
 def test_families_without_a_reference_implementation_are_none_of_these():
-    with pytest.raises(CheckpointError, match="no reference implementation of model_type 'bloom'"):
+    with pytest.raises(CheckpointError, match='no reference implementation of model_type "bloom"'):
         run_huggingface({}, {"model_type": "bloom"}, np.zeros((1, 1), np.int32))
     for case in (CASES | LIVE_CASES).values():
         assert FAMILIES[case.kind].reference is not None

@@ -78,9 +78,9 @@ def test_yarn_factor_may_follow_from_the_lengths():
 
 def test_incomplete_or_unknown_parameters_are_refused():
     table = {"model_type": "llama", "max_position_embeddings": 64}
-    with pytest.raises(CheckpointError, match="'longrope' need short_factor, long_factor"):
+    with pytest.raises(CheckpointError, match='"longrope" need short_factor, long_factor'):
         read_rope(HFConfig(table | {"rope_parameters": dict(rope_type="longrope", factor=2.0)}, "x"))
-    with pytest.raises(CheckpointError, match="type 'proportional' are not supported; supported: 'default', 'linear'"):
+    with pytest.raises(CheckpointError, match='type "proportional" are not supported; supported: "default", "linear"'):
         read_rope(HFConfig(table | {"rope_parameters": dict(rope_type="proportional")}, "x"))
 
 

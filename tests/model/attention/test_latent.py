@@ -122,7 +122,7 @@ def test_engine_on_a_mesh_and_with_int8():
             dict(positions="learned"),
             'latent_attention requires positions="rope-interleaved" or "rope-half", not "learned"',
         ),
-        (dict(attention_sinks=True), "attention_sinks=True is not supported with latent_attention"),
+        (dict(attention_sinks=True), "attention_sinks=true is not supported with latent_attention"),
         (dict(n_encoder_layers=2), "decoder-only models"),
     ],
 )

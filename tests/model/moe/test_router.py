@@ -167,7 +167,7 @@ def test_layers_are_split_where_fewest_are_compiled():
         (dict(shared_expert=False), "shared_d_ff=12 has no effect without shared_expert=true"),
         (dict(dense_layers=(3,)), "experts.dense_layers contains 3, but with n_layers=3 the largest index is 2"),
         (dict(dense_layers=(0, 1, 2)), "leave no layer with experts"),
-        (dict(routing="expert-choice"), 'scores=sigmoid has no effect with routing="expert-choice"'),
+        (dict(routing="expert-choice"), 'scores="sigmoid" has no effect with routing="expert-choice"'),
     ],
 )
 def test_contradictions_are_refused(experts, message):

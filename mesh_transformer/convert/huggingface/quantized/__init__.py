@@ -1,3 +1,3 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that files store quantized, as lazily dequantized tensors under their plain names."""
+"""Quantized weights of model folders, as lazily dequantized tensors with the names of unquantized weights."""

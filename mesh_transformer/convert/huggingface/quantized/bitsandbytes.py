@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights stored by bitsandbytes: NF4 and FP4 (QLoRA, arXiv 2305.14314) and LLM.int8 (arXiv 2208.07339).
 
-The 4-bit formats divide a weight, in the order of its values in memory, into blocks with their largest magnitude, which may
-itself be quantized to 8 bits. LLM.int8 has the largest magnitude of each row.
+The 4-bit formats divide the values of a weight, in memory order, into blocks and store the largest magnitude of each block.
+These magnitudes (`absmax`) may be quantized to 8 bits. LLM.int8 stores the largest magnitude of each row.
 """
 
 import json
@@ -23,15 +23,15 @@ from mesh_transformer.convert.huggingface.quantized.decoding import (
 from mesh_transformer.convert.huggingface.quantized.mxfp4 import pair_table
 from mesh_transformer.convert.lazy_arrays import FileArray, LazyArray
 
-ROW_FORMAT = 0  # of LLM.int8: rows of the weight as they are; others are reordered for a GPU
+ROW_FORMAT = 0  # weight_format of LLM.int8 for rows in their order; the other formats are reordered for a GPU
 
 
 class State(NamedTuple):
     """The `quant_state` of a 4-bit weight."""
 
     shape: tuple[int, int]
-    blocksize: int
-    nested_blocksize: int  # of `absmax`; 0: that is not quantized
+    blocksize: int  # values per block
+    nested_blocksize: int  # values per block of a quantized `absmax`; 0: `absmax` is not quantized
     nested_offset: float  # added to `absmax`
 
 
@@ -88,12 +88,15 @@ def _read_state(stored: Stored) -> State:
             f"quant_state has shape {shape} and blocks of {size}; expected a matrix and blocks of even size"
         )
     if (stored.parts["absmax"].dtype == np.uint8) != (nested > 0):
-        raise ValueError("absmax is quantized, which requires nested_absmax, nested_quant_map and nested_blocksize")
+        raise ValueError(
+            f"absmax has dtype {stored.parts['absmax'].dtype.name}; a uint8 absmax requires nested_absmax, nested_quant_map and "
+            "nested_blocksize, and an absmax of another dtype must not have them"
+        )
     return state
 
 
 def _read_largest(stored: Stored, state: State, first: int, last: int) -> np.ndarray:
-    """Return the float32 largest magnitudes of some blocks."""
+    """Return the largest magnitudes of the blocks from `first` to `last` - 1, float32."""
     absmax = stored.parts["absmax"].read((slice(first, last),))
     size = state.nested_blocksize
     if not size:
@@ -106,9 +109,9 @@ def _read_largest(stored: Stored, state: State, first: int, last: int) -> np.nda
 def decode_llm_int8(stored: Stored) -> LazyArray:
     """Return a weight of LLM.int8: its values / 127 times SCB, the largest magnitude of each row."""
     layout = stored.parts.get("weight_format")
-    if layout is not None and (found := int(read_all(layout).flat[0])) != ROW_FORMAT:
+    if layout is not None and (weight_format := int(read_all(layout).flat[0])) != ROW_FORMAT:
         raise ValueError(
-            f"weight_format is {found}, expected {ROW_FORMAT} (row); save the model with a newer bitsandbytes"
+            f"weight_format is {weight_format}, expected {ROW_FORMAT} (row); save the model with a newer bitsandbytes"
         )
     weight: FileArray = stored.parts["weight"]
     largest = stored.require_shape("SCB", weight.shape[0])

@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights stored by compressed-tensors (llm-compressor, vLLM): FP8, int8 and packed integers, with scales of several kinds.
 
-Formats and names as in its `naive_quantized` and `pack_quantized` compressors: w = (q - zero) * scale.
+Formats and names are those of the compressors `naive_quantized` and `pack_quantized` in that library: w = (q - zero) * scale.
 """
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -50,7 +51,8 @@ def decode_naive(stored: Stored) -> LazyArray:
 def decode_packed(stored: Stored) -> LazyArray:
     """Return a weight of 1 to 8 bits, packed along the inputs; zero points are packed along the outputs.
 
-    The integers are stored plus half of their range. Raises ValueError if the tensors do not belong together.
+    Files store signed integers plus half of the range, as unsigned integers. Raises ValueError if the tensors do not belong
+    together.
     """
     scheme = _find_scheme(stored)
     bits = scheme["num_bits"]
@@ -69,21 +71,21 @@ def decode_packed(stored: Stored) -> LazyArray:
         stored.require_shape("g_idx", columns)
 
     def read_factors(index: Slices) -> tuple[np.ndarray, np.ndarray]:
-        """Return the zero points, as stored, and scales [rows, blocks], of all blocks if their columns are in any order."""
+        """Return the zero points, as stored, and the scales, [rows, blocks]; with g_idx, of all groups of the inputs."""
         if "g_idx" in stored.parts:
             index = (index[0], slice(0, columns))
         scales = read_block_rows(scale, index, block)
         if not has_zeros:
             return np.full((1, scales.shape[1]), 1 << (bits - 1), np.float32), scales
-        wanted = np.arange(index[0].start, index[0].stop) // block[0]
+        block_rows = np.arange(index[0].start, index[0].stop) // block[0]
         period = values_per_period(bits)
-        first, last = int(wanted[0]) // period, int(wanted[-1]) // period + 1
+        first, last = int(block_rows[0]) // period, int(block_rows[-1]) // period + 1
         words = slice(
             first * period * bits // WORD, min(last * period * bits // WORD, stored.parts["zero_point"].shape[0])
         )
         blocks = slice(index[1].start // block[1], ceil_div(index[1].stop, block[1]))
         raw = stored.parts["zero_point"].read((words, blocks))
-        return unpack_words(raw, bits, 0)[wanted - first * period], scales
+        return unpack_words(raw, bits, 0)[block_rows - first * period], scales
 
     def decode(index: Slices) -> np.ndarray:
         inner = slice(index[1].start * bits // WORD, ceil_div(index[1].stop * bits, WORD))
@@ -113,7 +115,7 @@ def _find_blocks(
         case "block":
             block = (scheme["block_structure"][0], scheme["block_structure"][1])
         case other:
-            raise ValueError(f"strategy is {other!r}, supported: tensor, channel, group, block")
+            raise ValueError(f"strategy is {json.dumps(other)}, supported: tensor, channel, group, block")
     expected = (*shape[:-2], ceil_div(shape[-2], block[0]), ceil_div(shape[-1], block[1]))
     if scale.shape != expected:
         raise ValueError(f"scales {list(scale.shape)}, expected {list(expected)} for blocks of {list(block)}")
@@ -121,18 +123,20 @@ def _find_blocks(
 
 
 def _find_scheme(stored: Stored) -> Mapping[str, Any]:
-    """Return `weights` of the group of quantization_config that a module belongs to. Raises ValueError without one."""
+    """Return the table `weights` of the group in config_groups whose targets match a module; ValueError if none matches."""
     table = stored.table
     if (table.get("sparsity_config") or {}).get("format") not in DENSE:
-        raise ValueError(f"sparsity_config.format is {table['sparsity_config']['format']!r}, supported: dense")
+        raise ValueError(
+            f"sparsity_config.format is {json.dumps(table['sparsity_config']['format'])}, supported: dense"
+        )
     groups = list((table.get("config_groups") or {}).values())
     module = stored.name.removesuffix(".weight")
     for matches in (_is_named, _is_class):
         for group in groups:
             if any(matches(target, module) for target in group.get("targets", ())):
-                form = group.get("format") or table.get("format")
-                if form not in FORMATS:
-                    raise ValueError(f"format is {form!r}, supported: {', '.join(FORMATS)}")
+                name = group.get("format") or table.get("format")
+                if name not in FORMATS:
+                    raise ValueError(f"format is {name!r}, supported: {', '.join(FORMATS)}")
                 if not isinstance(group.get("weights"), Mapping) or type(group["weights"].get("num_bits")) is not int:
                     raise ValueError("its group of config_groups has no weights.num_bits")
                 return group["weights"]
@@ -140,12 +144,12 @@ def _find_scheme(stored: Stored) -> Mapping[str, Any]:
 
 
 def _is_named(target: str, module: str) -> bool:
-    """Return whether a target, a name or a regular expression after "re:", is that of a module."""
+    """Return whether a target matches the name of a module; a target is a name, or "re:" and a regular expression."""
     if target.startswith("re:"):
         return re.match(target[3:], module) is not None
     return target == module
 
 
 def _is_class(target: str, module: str) -> bool:
-    """Return whether a target is a class of modules: nothing but matrices of such modules is quantized."""
+    """Return whether a target is a class name, such as "Linear". It matches any module, as only this class is quantized."""
     return target.isidentifier() and target != module

@@ -18,15 +18,15 @@ WORD = 32  # bits of a word of packed integers
 
 
 class Stored(NamedTuple):
-    """The tensors that files have for one quantized weight, and what config.json says about it."""
+    """The tensors that files have for one quantized weight, and the quantization_config of the model."""
 
     name: str  # of the weight
-    parts: Mapping[str, FileArray]  # by suffix of their names, without "_" or "." in front
+    parts: Mapping[str, FileArray]  # by their keys in Format.parts and Format.optional (formats.py)
     table: Mapping[str, Any]  # quantization_config
     dtype: np.dtype  # of the dequantized values
 
     def require_shape(self, part: str, *shape: int) -> FileArray:
-        """Return a tensor. Raise ValueError if it has another shape."""
+        """Return the tensor `part`. Raise ValueError if it has another shape."""
         if self.parts[part].shape != shape:
             raise ValueError(f"{part} has shape {list(self.parts[part].shape)}, expected {list(shape)}")
         return self.parts[part]
@@ -41,7 +41,7 @@ def decode_lazily(
 ) -> LazyArray:
     """Return a weight whose values `decode` computes, one tile at a time.
 
-    `order` lists the dimensions from the one that varies slowest in the file; default: the order of the weight's own.
+    `order` lists the dimensions from the slowest to the fastest in the file; default: the order of the weight's dimensions.
     """
 
     def decode_tiles(index: Slices) -> np.ndarray:
@@ -80,8 +80,9 @@ def values_per_period(bits: int) -> int:
 def unpack_words(words: np.ndarray, bits: int, dim: int, order: Sequence[int] | None = None) -> np.ndarray:
     """Return the unsigned integers in 32-bit words, as float32, along one dimension.
 
-    The first is in the lowest bits of the first word; one that does not fit into the rest of a word continues in the next.
-    Those of a period are stored in `order`, by default that of the result. The result has all values of the last period.
+    The first integer is in the lowest bits of the first word; an integer that does not fit into the rest of a word continues
+    in the next word. `order` has the index in the result of each integer of a period, by default in sequence. The result has
+    all integers of the last period.
     """
     per_period = values_per_period(bits)
     n_words = per_period * bits // WORD
@@ -96,10 +97,10 @@ def unpack_words(words: np.ndarray, bits: int, dim: int, order: Sequence[int] | 
 
     for i in range(per_period):
         word, shift = divmod(i * bits, WORD)
-        found = periods[at(word)] >> np.uint32(shift)
+        shifted = periods[at(word)] >> np.uint32(shift)
         if shift + bits > WORD:
-            found |= periods[at(word + 1)] << np.uint32(WORD - shift)
-        values[at(order[i] if order else i)] = found & np.uint32((1 << bits) - 1)
+            shifted |= periods[at(word + 1)] << np.uint32(WORD - shift)
+        values[at(order[i] if order else i)] = shifted & np.uint32((1 << bits) - 1)
     return values.reshape(*before, -1, *after)
 
 
@@ -119,10 +120,10 @@ def read_block_rows(scales: FileArray, index: Slices, block: tuple[int, int]) ->
     outer = [
         slice(part.start // size, ceil_div(part.stop, size)) for part, size in zip((rows, columns), block, strict=True)
     ]
-    found = to_float(scales.read((*index[:-2], *outer)))
+    of_blocks = to_float(scales.read((*index[:-2], *outer)))
     if block[0] == 1:
-        return found
-    return found[..., np.arange(rows.start, rows.stop) // block[0] - outer[0].start, :]
+        return of_blocks
+    return of_blocks[..., np.arange(rows.start, rows.stop) // block[0] - outer[0].start, :]
 
 
 def to_float(scales: np.ndarray) -> np.ndarray:
@@ -133,7 +134,7 @@ def to_float(scales: np.ndarray) -> np.ndarray:
 
 
 def each_block(values: np.ndarray, factors: np.ndarray, size: int, apply: np.ufunc) -> None:
-    """Combine values [..., n] in place with a number for each `size` of them [..., ceil(n / size)]."""
+    """Apply `apply` in place to values [..., n] and factors [..., ceil(n / size)], one per block of `size` values."""
     whole = values.shape[-1] // size
     blocks = values[..., : whole * size].reshape(*values.shape[:-1], whole, size)  # a view
     apply(blocks, factors[..., :whole, None], out=blocks)
@@ -143,10 +144,10 @@ def each_block(values: np.ndarray, factors: np.ndarray, size: int, apply: np.ufu
 
 
 def check_groups(groups: np.ndarray, count: int, stored: Stored) -> np.ndarray:
-    """Return the group of each input. Raise CheckpointError if there are no scales of one."""
+    """Return the group of each input. Raise CheckpointError if a group has no scales."""
     if groups.size and not 0 <= groups.min() <= groups.max() < count:
         raise CheckpointError(
-            f"{stored.name}: g_idx has groups from {groups.min()} to {groups.max()}, but there are scales of {count}; "
-            "the file is damaged, download it again"
+            f"{stored.name}: g_idx has groups from {groups.min()} to {groups.max()}, but there are scales of {count} "
+            "groups; the file is damaged, download it again"
         )
     return groups

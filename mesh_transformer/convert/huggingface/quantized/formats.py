@@ -1,11 +1,13 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Table of the formats of quantized weights, by `quant_method` in config.json, and the one function that opens them all.
+"""Table of the formats of quantized weights, by `quant_method` in config.json, and `open_tensors`, which reads any of them.
 
-Each quantized weight becomes one lazy tensor under its plain name, so that readers of families see no difference. It has the
-dtype of the model in config.json, bfloat16 without one. Modules that are not quantized are stored plainly and stay so.
+Each quantized weight becomes one lazy tensor with the name of an unquantized weight, so the readers of families need no
+changes. Its dtype is that of the model in config.json, or bfloat16 if config.json has none. Tensors that are not quantized
+are returned unchanged.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -28,16 +30,16 @@ FP8 = ("float8_e4m3fn", "float8_e5m2")
 
 
 class Format(NamedTuple):
-    """The tensors in which files store one quantized weight; their names begin alike."""
+    """The tensors in which files store one quantized weight. Their names have a common beginning and different suffixes."""
 
-    parts: Mapping[str, str]  # suffix of the name of each tensor that is needed; the first has the values
-    dtypes: tuple[str, ...]  # that the first has if it is quantized
+    parts: Mapping[str, str]  # required tensors: part -> suffix of the name; the first part has the values
+    dtypes: tuple[str, ...]  # dtypes of the values of a quantized weight
     decode: Callable[[Stored], LazyArray]  # raises ValueError if the tensors do not belong together
-    optional: Mapping[str, str] = {}
-    weight: str = ""  # suffix of the plain name
+    optional: Mapping[str, str] = {}  # optional tensors: part -> suffix of the name
+    weight: str = ""  # suffix of the name of an unquantized weight
 
     def find(self, tensors: Mapping[str, LazyArray]) -> list[str]:
-        """Return what the names of the tensors of each quantized weight begin with."""
+        """Return the common beginning of the tensor names of each quantized weight."""
         suffix = next(iter(self.parts.values()))
         named = ((name, array) for name, array in tensors.items() if name.endswith(suffix))
         return [name.removesuffix(suffix) for name, array in named if array.dtype.name in self.dtypes]
@@ -80,7 +82,7 @@ FORMATS: dict[str, list[Format]] = {
 }  # fmt: skip
 TABLES = ("quantization_config", "compression_config")  # in config.json; the second of older compressed-tensors
 SIGNS = ("_blocks", ".qweight", ".SCB", ".absmax", "_packed", "_scale_inv", "weight_scale")  # suffixes in such files
-# Scales of activations and of the KV cache, which computations in narrow types use.
+# Scales of activations and of the KV cache, for computations with quantized activations.
 ACTIVATIONS = tuple(
     f".{what}" for what in (
         "input_scale", "input_zero_point", "input_global_scale", "input_scale_ub", "activation_scale", "output_scale",
@@ -101,9 +103,9 @@ class OpenTensors(NamedTuple):
 
 
 def open_tensors(folder: AnyPath, config: Mapping[str, Any]) -> OpenTensors:
-    """Return the tensors of a model folder with this config.json under their plain names.
+    """Return the tensors of a model folder with this config.json, quantized weights as dequantized tensors.
 
-    CheckpointError if they are damaged, or quantized in a way that is not supported.
+    Raises CheckpointError if the files are damaged, or quantized in a way that is not supported.
     """
     tensors = find_tensors(folder)
     where = folder / "config.json"
@@ -117,12 +119,12 @@ def open_tensors(folder: AnyPath, config: Mapping[str, Any]) -> OpenTensors:
         return OpenTensors(tensors)
     method = table.get("quant_method")
     if method is None and (table.get("load_in_4bit") or table.get("load_in_8bit")):
-        method = "bitsandbytes"  # before it was written
+        method = "bitsandbytes"  # older versions of transformers did not write quant_method
     if method not in FORMATS:
         raise CheckpointError(
-            f"{where}: quantization_config.quant_method = {method!r} is not supported; supported: {', '.join(FORMATS)}; use "
-            "the model's version without quantization, or dequantize it with transformers (model.dequantize(), then "
-            "model.save_pretrained) and convert that"
+            f"{where}: quantization_config.quant_method = {json.dumps(method)} is not supported; supported: "
+            f"{', '.join(FORMATS)}; use the model's version without quantization, or dequantize it with transformers "
+            "(model.dequantize(), then model.save_pretrained) and convert that"
         )
     return _dequantize(tensors, config, table, method, where)
 
@@ -148,37 +150,39 @@ def _find_dtype(config: Mapping[str, Any]) -> np.dtype:
 def _dequantize(
     tensors: Mapping[str, FileArray], config: Mapping[str, Any], table: Mapping[str, Any], method: str, where: AnyPath
 ) -> OpenTensors:
-    found: dict[str, LazyArray] = dict(tensors)
+    result: dict[str, LazyArray] = dict(tensors)
     dtype = _find_dtype(config)
     problems: list[str] = []
     incomplete: dict[str, str] = {}
-    weights = 0
-    for form in FORMATS[method]:
-        for base in form.find(tensors):
-            names = {part: base + end for part, end in {**form.parts, **form.optional}.items() if base + end in tensors}
-            values, plain = base + next(iter(form.parts.values())), base + form.weight
-            if missing := [base + end for part, end in form.parts.items() if part not in names]:
+    n_weights = 0
+    for entry in FORMATS[method]:
+        for base in entry.find(tensors):
+            names = {
+                part: base + end for part, end in {**entry.parts, **entry.optional}.items() if base + end in tensors
+            }
+            values, plain = base + next(iter(entry.parts.values())), base + entry.weight
+            if missing := [base + end for part, end in entry.parts.items() if part not in names]:
                 reason = f"{values} is {tensors[values].dtype.name}, but there is no {', '.join(missing)}"
                 incomplete.setdefault(values, reason)
                 continue
             for full in names.values():
-                del found[full]
-            if plain in found:
-                problems.append(f"{plain} is there, and also {values}")
+                del result[full]
+            if plain in result:
+                problems.append(f"both {plain} and {values} are in the files")
             stored = Stored(plain, {part: tensors[full] for part, full in names.items()}, table, dtype)
             try:
-                found[plain] = _as_stored(form.decode(stored), config)
+                result[plain] = _as_stored(entry.decode(stored), config)
             except KeyError as error:
                 problems.append(f"{plain}: quantization_config has no {error}")
             except ValueError as error:
                 problems.append(f"{plain}: {error}")
-            weights += 1
-    problems += [problem for name, problem in incomplete.items() if found.get(name) is tensors[name]]
+            n_weights += 1
+    problems += [problem for name, problem in incomplete.items() if result.get(name) is tensors[name]]
     raise_problems(f"{where.parent}: its tensors do not match quantization_config ({method}) of {where.name}", problems)
-    notes = [f"weights dequantized from {method} to {dtype.name}: {weights}; activations are not quantized here"]
-    if scales := [name for name in found if name.endswith(ACTIVATIONS)]:
+    notes = [f"weights dequantized from {method} to {dtype.name}: {n_weights}; activations are not quantized here"]
+    if scales := [name for name in result if name.endswith(ACTIVATIONS)]:
         notes.append(f"scales of activations that are left out: {len(scales)}, such as {scales[0]}")
-    return OpenTensors({name: array for name, array in found.items() if name not in scales}, True, tuple(notes))
+    return OpenTensors({name: array for name, array in result.items() if name not in scales}, True, tuple(notes))
 
 
 def _as_stored(weight: LazyArray, config: Mapping[str, Any]) -> LazyArray:

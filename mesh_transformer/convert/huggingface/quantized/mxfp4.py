@@ -8,12 +8,12 @@ from mesh_transformer.checkpoint.zarr_sharding import Slices
 from mesh_transformer.convert.huggingface.quantized.decoding import Stored, decode_lazily, to_float
 from mesh_transformer.convert.lazy_arrays import LazyArray
 
-BLOCK = 32  # values with one scale
+BLOCK = 32  # values per scale
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 
 def pair_table(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Return both float32 values of each byte, as one uint64, for the tables of its low and high four bits."""
+    """Return the two float32 values of each byte, joined in one uint64; `low` and `high` list the values of four bits."""
     byte = np.arange(256)
     return np.stack([low[byte & 15], high[byte >> 4]], axis=-1).view(np.uint64)[:, 0]
 

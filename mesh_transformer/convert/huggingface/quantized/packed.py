@@ -4,6 +4,7 @@
 each output and group of inputs: w = (q - zero) * scale. The files have the transpose [inputs, outputs] of torch.nn.Linear.
 """
 
+import json
 from collections.abc import Callable
 
 import numpy as np
@@ -30,13 +31,14 @@ AWQ_VERSIONS = ("gemm",)
 def decode_gptq(stored: Stored) -> LazyArray:
     """Return a weight [outputs, inputs] of GPTQ, whose inputs may be in groups in any order (desc_act).
 
-    Files of the first format hold zero points minus 1, subtracted from each word as a whole, as GPTQModel adds it. Raises
-    ValueError if the tensors do not belong together.
+    Files of the format "gptq" hold zero points minus 1; files of "gptq_v2" hold the zero points. As in GPTQModel, the 1 is
+    added to whole words, with carries between zero points; for 3 bits, to each zero point. Raises ValueError if the tensors
+    do not belong together.
     """
     table = stored.table
-    form = table.get("checkpoint_format", table.get("format")) or "gptq"
-    if form not in GPTQ_FORMATS:
-        raise ValueError(f"checkpoint_format is {form!r}, supported: {', '.join(GPTQ_FORMATS)}")
+    checkpoint_format = table.get("checkpoint_format", table.get("format")) or "gptq"
+    if checkpoint_format not in GPTQ_FORMATS:
+        raise ValueError(f"checkpoint_format is {checkpoint_format!r}, supported: {', '.join(GPTQ_FORMATS)}")
     words, outputs = stored.parts["qweight"].shape
     n_groups = stored.parts["scales"].shape[0]
     bits = _gptq_bits(stored, outputs)
@@ -58,10 +60,10 @@ def decode_gptq(stored: Stored) -> LazyArray:
         raw = stored.parts["qzeros"].read(
             (groups, slice(columns.start * bits // WORD, ceil_div(columns.stop * bits, WORD)))
         )
-        if form == "gptq" and WORD % bits == 0:
+        if checkpoint_format == "gptq" and WORD % bits == 0:
             raw = raw.view(np.uint32) + np.uint32(sum(1 << shift for shift in range(0, WORD, bits)))
         zeros = unpack_words(raw, bits, 1)
-        return (zeros + 1) % (1 << bits) if form == "gptq" and WORD % bits else zeros
+        return (zeros + 1) % (1 << bits) if checkpoint_format == "gptq" and WORD % bits else zeros
 
     return _decode_grouped(stored, bits, find_groups, read_zeros, packed_dim=0)
 
@@ -70,7 +72,7 @@ def decode_awq(stored: Stored) -> LazyArray:
     """Return a weight [outputs, inputs] of AWQ. Raises ValueError if the tensors do not belong together."""
     version = str(stored.table.get("version", "gemm")).lower()
     if version not in AWQ_VERSIONS:
-        raise ValueError(f"version is {version!r}, supported: {', '.join(AWQ_VERSIONS)}")
+        raise ValueError(f"version is {json.dumps(version)}, supported: {', '.join(AWQ_VERSIONS)}")
     bits = stored.table.get("bits", stored.table.get("w_bit"))
     if bits != AWQ_BITS:
         raise ValueError(f"{bits} bits, supported: {AWQ_BITS}")
@@ -91,7 +93,7 @@ def decode_awq(stored: Stored) -> LazyArray:
 
 
 def _gptq_bits(stored: Stored, outputs: int) -> int:
-    """Return the bits of a weight, which rules for some modules (`dynamic`) may change."""
+    """Return the bits per value of a weight, which rules for some modules (`dynamic`) may change."""
     bits = stored.table.get("bits")
     if stored.table.get("dynamic"):
         words = stored.parts["qzeros"].shape[1]
@@ -102,10 +104,10 @@ def _gptq_bits(stored: Stored, outputs: int) -> int:
 
 
 def _group_size(stored: Stored, inputs: int) -> int:
-    """Return the number of inputs with one scale; in quantization_config, -1 stands for all."""
+    """Return the number of inputs that share a scale; -1 in quantization_config stands for all inputs."""
     size = stored.table.get("group_size", stored.table.get("q_group_size"))
     if type(size) is not int or not (size == -1 or size > 0):
-        raise ValueError(f"group_size is {size!r}, expected a number of inputs, or -1 for all")
+        raise ValueError(f"group_size is {json.dumps(size)}, expected a number of inputs, or -1 for all")
     return inputs if size == -1 else size
 
 

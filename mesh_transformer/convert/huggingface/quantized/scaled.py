@@ -2,10 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights stored as FP8 or int8 values with a scale for each block, row or tensor: w = (q - zero) * scale.
 
-Blocks of a fixed size as in DeepSeek V3 (arXiv 2412.19437, section 3.3.2; `weight_dequant` of its inference code), where
-those at the ends may be smaller; rows or whole tensors as in compressed-tensors and FBGEMM.
+Blocks of a fixed size are those of DeepSeek V3 (arXiv 2412.19437, section 3.3.2; `weight_dequant` of its inference code);
+the last blocks of a dimension may be smaller. compressed-tensors and FBGEMM have a scale for each row or tensor.
 """
 
+import json
 from collections.abc import Sequence
 
 import ml_dtypes
@@ -21,8 +22,8 @@ from mesh_transformer.convert.huggingface.quantized.decoding import (
 )
 from mesh_transformer.convert.lazy_arrays import FileArray, LazyArray
 
-SIGN_AND_VALUE = np.int32(-0x78100000)  # bits of a float32 to which a sign-extended e4m3 is moved: 1 + 4 + 3
-EXPONENT_DIFFERENCE = np.float32(2.0**120)  # between the biases 127 and 7
+SIGN_AND_VALUE = np.int32(-0x78100000)  # bits of a shifted, sign-extended e4m3: sign, 4 + 3 value bits
+EXPONENT_DIFFERENCE = np.float32(2.0**120)  # 2^(127 - 7), for the exponent biases of float32 and e4m3
 
 
 def fp8_to_float(values: np.ndarray) -> np.ndarray:
@@ -33,12 +34,12 @@ def fp8_to_float(values: np.ndarray) -> np.ndarray:
     bits = raw.astype(np.int32)
     bits <<= 20
     bits &= SIGN_AND_VALUE
-    found = bits.view(np.float32)
-    found *= EXPONENT_DIFFERENCE  # also normalizes subnormal values
+    floats = bits.view(np.float32)
+    floats *= EXPONENT_DIFFERENCE  # also normalizes subnormal values
     is_nan = (raw & 0x7F) == 0x7F
     if is_nan.any():
-        found[is_nan] = np.nan
-    return found
+        floats[is_nan] = np.nan
+    return floats
 
 
 def decode_blocks(stored: Stored, scale: FileArray, block: tuple[int, int], zero: FileArray | None = None) -> LazyArray:
@@ -69,9 +70,9 @@ def decode_blocks(stored: Stored, scale: FileArray, block: tuple[int, int], zero
 
 
 def reshape_scales(scale: FileArray, shape: Sequence[int]) -> tuple[FileArray, tuple[int, int]]:
-    """Return the scales of a weight [..., R, C], one or one for each row, as [..., 1 or R, 1], and the size of their block.
+    """Return the scales of a weight [..., R, C] as [..., 1, 1] or [..., R, 1], and the size (rows, columns) of a block.
 
-    Raises ValueError if there are neither.
+    Raises ValueError unless there is one scale, or one scale for each row.
     """
     *outer, rows, columns = shape
     for n, size in ((rows, 1), (1, rows)):
@@ -81,16 +82,16 @@ def reshape_scales(scale: FileArray, shape: Sequence[int]) -> tuple[FileArray, t
 
 
 def decode_fp8(stored: Stored) -> LazyArray:
-    """Return a weight of quant_method "fp8": blocks of `weight_block_size`, or without that, rows or the tensor."""
+    """Return a weight of quant_method "fp8" with scales of blocks (`weight_block_size`), or else of rows or the whole tensor."""
     block = stored.table.get("weight_block_size")
     if block is None:
         return decode_rows(stored)
     if not (isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
-        raise ValueError(f"weight_block_size is {block!r}, expected two sizes")
+        raise ValueError(f"weight_block_size is {json.dumps(block)}, expected two sizes")
     return decode_blocks(stored, stored.parts["scale"], (block[0], block[1]))
 
 
 def decode_rows(stored: Stored) -> LazyArray:
-    """Return a weight with one scale, or one for each row."""
+    """Return a weight with one scale, or with one scale for each row."""
     scale, block = reshape_scales(stored.parts["scale"], stored.parts["weight"].shape)
     return decode_blocks(stored, scale, block)
