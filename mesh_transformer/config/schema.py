@@ -175,10 +175,14 @@ class TrainConfig:
                 f"batch_size={self.batch_size} is not a multiple of grad_accum_steps={self.grad_accum_steps}; change one of "
                 "them"
             )
-        if (self.batch_ramp_from is None) != (self.batch_ramp_steps == 0):
-            start = "unset" if self.batch_ramp_from is None else self.batch_ramp_from
+        if self.batch_ramp_from is None and self.batch_ramp_steps > 0:
             raise ValueError(
-                f"batch_ramp_from={start} and batch_ramp_steps={self.batch_ramp_steps} must be set together; set both or neither"
+                f"batch_ramp_steps={self.batch_ramp_steps} requires batch_ramp_from; set it, or remove batch_ramp_steps"
+            )
+        if self.batch_ramp_from is not None and self.batch_ramp_steps == 0:
+            raise ValueError(
+                f"batch_ramp_from={self.batch_ramp_from} requires batch_ramp_steps of at least 1, not 0; set it, or remove "
+                "batch_ramp_from"
             )
         if self.batch_ramp_from is not None:
             if self.batch_ramp_from > self.batch_size or self.batch_size % self.batch_ramp_from:

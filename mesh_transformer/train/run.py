@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from mesh_transformer.checkpoint.store import Store
-from mesh_transformer.config import Config, ConfigError, config_to_dict
+from mesh_transformer.config import Config, ConfigError, config_to_dict, format_value
 from mesh_transformer.convert.model_cache import find_model
 from mesh_transformer.data.dataset import Data
 from mesh_transformer.data.loader import Batch
@@ -188,8 +188,8 @@ def _check_processes_agree(config: Config, data: Data) -> None:
     for process, other in enumerate(tables):
         if changed := [key for key in sorted(first | other) if first.get(key) != other.get(key)]:
             raise ConfigError(
-                f"process {process} has {changed[0]} = {json.dumps(other.get(changed[0]))}, but process 0 has "
-                f"{json.dumps(first.get(changed[0]))}; start all processes with the same configuration"
+                f"process {process} has {changed[0]} = {format_value(other.get(changed[0]))}, but process 0 has "
+                f"{format_value(first.get(changed[0]))}; start all processes with the same configuration"
             )
     fingerprints = gather("data", data.train.fingerprint)
     for process, fingerprint in enumerate(fingerprints):

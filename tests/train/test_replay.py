@@ -77,7 +77,7 @@ def test_reproduced_run_differs_only_in_the_changed_loss(run_dir, programs, caps
     assert (result["compared"], result["first_differing_step"], result["ulps"]) == (6, 2, 1)
     assert result["differing_arrays"] == [], "the last checkpoint was not changed"
     assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before, "the run folder was not written"
-    assert "step 2 is the first that differs" in programs["reproduce"].format_result(result)
+    assert "step 2 is the first step whose loss differs" in programs["reproduce"].format_result(result)
     untouched = {**result, "first_differing_step": None}
     assert "6 losses up to step 6 are equal, bit for bit" in programs["reproduce"].format_result(untouched)
 
@@ -109,5 +109,5 @@ def test_missing_provenance_and_changed_data_are_errors(run_dir, programs, tmp_p
     shutil.copytree(run_dir, copy)
     provenance = json.loads((copy / "recipe.json").read_text())
     (copy / "recipe.json").write_text(json.dumps({**provenance, "data_fingerprint": "0" * 16}))
-    with pytest.raises(ProvenanceError, match="restore that data to replay the run"):
+    with pytest.raises(ProvenanceError, match="restore the earlier data to replay the run"):
         programs["reproduce"].main([str(copy)])

@@ -136,7 +136,7 @@ def _find_scheme(stored: Stored) -> Mapping[str, Any]:
             if any(matches(target, module) for target in group.get("targets", ())):
                 name = group.get("format") or table.get("format")
                 if name not in FORMATS:
-                    raise ValueError(f"format is {name!r}, supported: {', '.join(FORMATS)}")
+                    raise ValueError(f"format is {json.dumps(name)}, supported: {', '.join(FORMATS)}")
                 if not isinstance(group.get("weights"), Mapping) or type(group["weights"].get("num_bits")) is not int:
                     raise ValueError("its group of config_groups has no weights.num_bits")
                 return group["weights"]

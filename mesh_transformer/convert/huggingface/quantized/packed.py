@@ -38,7 +38,7 @@ def decode_gptq(stored: Stored) -> LazyArray:
     table = stored.table
     checkpoint_format = table.get("checkpoint_format", table.get("format")) or "gptq"
     if checkpoint_format not in GPTQ_FORMATS:
-        raise ValueError(f"checkpoint_format is {checkpoint_format!r}, supported: {', '.join(GPTQ_FORMATS)}")
+        raise ValueError(f"checkpoint_format is {json.dumps(checkpoint_format)}, supported: {', '.join(GPTQ_FORMATS)}")
     words, outputs = stored.parts["qweight"].shape
     n_groups = stored.parts["scales"].shape[0]
     bits = _gptq_bits(stored, outputs)
