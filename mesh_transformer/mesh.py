@@ -149,7 +149,7 @@ def make_layout(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mes
 def _device_grid(sizes: Mapping[str, int], devices: list[Any], slices: int | None) -> np.ndarray:
     """Return the devices as an array with the mesh's axes, so that interconnect neighbors are adjacent.
 
-    Between slices (TPU pods, or machines) the network is slow. Only one axis spans several slices: `data`, whose gradients
+    Between slices (of TPU pods, or machines) the network is slow. Only one axis spans several slices: `data`, whose gradients
     are reduced once per step, or `pipeline`, which sends one activation from stage to stage. All axes with communication in
     every layer stay within a slice.
     """

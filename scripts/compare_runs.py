@@ -38,7 +38,7 @@ from mesh_transformer.reports.metrics_log import FILE, read_metrics
 from mesh_transformer.reports.page import make_html_page, make_plots
 from mesh_transformer.reports.svg import DASHES, Series, downsample, format_number, plot
 from mesh_transformer.storage.atomic_files import replace_file
-from mesh_transformer.train.compile import abstract_batch, without_remat
+from mesh_transformer.train.compile import abstract_batch, config_for_flops
 from mesh_transformer.train.flops import count_flops
 from mesh_transformer.train.schedule import first_sequence
 from mesh_transformer.train.state import describe_state
@@ -159,7 +159,7 @@ def read_history(run: Path, name: str) -> History:
 def flops_per_sequence(config: Config) -> float:
     """Return the training FLOPs of one sequence without recomputation. The step is traced, not compiled."""
     shapes, _ = describe_state(config)
-    step = make_train_step(without_remat(config))
+    step = make_train_step(config_for_flops(config))
     return count_flops(step, shapes, abstract_batch(config)) / config.train.batch_size
 
 

@@ -207,7 +207,8 @@ def _read_small(path: AnyPath) -> bytes:
         return read_small(path, MAX_MANIFEST_BYTES)
     except OSError as error:
         raise CheckpointError(
-            f"{path}: missing or unreadable ({error.strerror}), so the checkpoint is incomplete; use another step"
+            f"{path}: cannot be read ({error.strerror or error}); if it is missing, the checkpoint is incomplete: use another "
+            "step; otherwise correct its permissions or the disk"
         ) from None
 
 

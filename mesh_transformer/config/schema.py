@@ -43,7 +43,7 @@ class MeshConfig:
     pipeline: PositiveInt = 1
     pipeline_schedule: Literal["1f1b", "gpipe"] = "1f1b"  # gpipe stores the activations of all microbatches
     sequence_parallel: bool = False  # between blocks, activations are also sharded along the sequence over `tensor`
-    # hosts or TPU pods connected by a slow network; None: the slices that JAX reports
+    # number of TPU slices or hosts, between which the network is slow; None: the number that JAX reports
     slices: PositiveInt | None = None
     cpu_devices: PositiveInt | None = None  # use this many virtual CPU devices, to try a mesh on a laptop
     # logical axis -> mesh axis or axes; "" replicates. Logical axes and default rules: mesh_transformer/mesh.py
@@ -327,12 +327,13 @@ class Config:
         self._check_encoder()
         chunks = self.train.loss_chunks * self.mesh.context
         if self.target_len % chunks:
-            name = (
-                "model.seq_len" if self.model.n_encoder_layers is None else "the decoder's length (data.noise_density)"
-            )
+            name, fields = f"model.seq_len = {self.target_len}", ""
+            if self.model.n_encoder_layers is not None:
+                name = f"the number of target tokens, {self.target_len}"
+                fields = ", which follows from model.seq_len, data.noise_density and data.mean_noise_span_length,"
             raise ValueError(
-                f"{name}={self.target_len} is not a multiple of train.loss_chunks x mesh.context = {chunks}; "
-                "change one of them"
+                f"{name}{fields} is not a multiple of train.loss_chunks x mesh.context = {self.train.loss_chunks} x "
+                f"{self.mesh.context}; change one of these fields"
             )
         if not self.data.train:
             raise ValueError("data.train is empty; add a [data.train.NAME] table with a path")

@@ -3,9 +3,9 @@
 """Compare the logits of the source and the result of a conversion on the same random tokens.
 
 The files determine the implementation that computes the logits: for a native checkpoint or a GGUF file, the model of this
-package, one period of layers at a time; for a Hugging Face folder, transformers, if it is installed and the model fits in
-memory, otherwise a NumPy reimplementation, which reads config.json with the importer's code; for mesh-transformer-jax shards,
-a NumPy reimplementation.
+package, one period (repetition of the layer pattern) at a time; for a Hugging Face folder, transformers, if it is installed and
+the model fits in memory, otherwise a NumPy reimplementation, which reads config.json with the importer's code; for
+mesh-transformer-jax shards, a NumPy reimplementation.
 """
 
 import dataclasses

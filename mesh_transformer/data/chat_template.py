@@ -102,7 +102,7 @@ class ChatTemplate:
             ) from None
 
     def encode(self, prompt: str) -> list[int]:
-        """Return the ids of a rendered prompt, without an added first token.
+        """Return the ids of a rendered prompt. No BOS or EOS is added, because the template writes them.
 
         Raises ChatError if the prompt is empty or contains lone surrogates.
         """

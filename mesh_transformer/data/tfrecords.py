@@ -117,7 +117,9 @@ def _read_record(records: _RecordFile) -> bytes | None:
         raise _RecordError(f"the record has {length:,} bytes, more than the maximum of {MAX_RECORD_BYTES:,}; split it")
     data = records.read(length + 4)
     if len(data) < length + 4:
-        raise _RecordError(f"the file is truncated after {len(data):,} of {length + 4:,} bytes; copy the file again")
+        raise _RecordError(
+            f"the file is truncated after {len(data):,} of the {length + 4:,} bytes that follow the record's header; copy it again"
+        )
     data, expected = data[:length], int.from_bytes(data[length:], "little")
     if masked_crc32c(data) != expected:
         raise _RecordError("the checksum of the data is wrong; copy the file again")

@@ -29,7 +29,7 @@ from mesh_transformer.plan.hlo.collectives import Collective, read_collectives
 from mesh_transformer.plan.hlo.parser import HloModule
 from mesh_transformer.plan.hlo.traffic import hbm_bytes, stacked_bytes
 from mesh_transformer.plan.job import CompiledStats, CompileJob, Traffic
-from mesh_transformer.train.compile import abstract_batch, abstract_state, jit_train_step, without_remat
+from mesh_transformer.train.compile import abstract_batch, abstract_state, config_for_flops, jit_train_step
 from mesh_transformer.train.flops import count_flops, count_jaxpr_flops
 from mesh_transformer.train.run import check_batches
 from mesh_transformer.train.state import describe_state, flatten_state, format_parameters, state_shardings
@@ -65,7 +65,7 @@ def lower_training(job: CompileJob, layout: MeshLayout) -> tuple[Any, CompiledSt
     state, batch = abstract_state(shapes, shardings), abstract_batch(config, layout)
     traced = jit_train_step(config, layout, shardings).trace(state, batch)
     hardware = count_jaxpr_flops(traced.jaxpr.jaxpr)
-    plain = without_remat(config)
+    plain = config_for_flops(config)
     model_flops = hardware if plain == config else count_flops(jit_train_step(plain, layout, shardings), shapes, batch)
     bytes_by_kind = {"parameters": 0, "moments": 0, "other state": 0}
     kind_of_field = {"params": "parameters", "opt_state": "moments"}

@@ -109,8 +109,8 @@ class EngineThread:
         if n > self.capacity:
             raise ApiError(
                 400,
-                f"the request needs {n} samples (prompts times n or best_of); the maximum is {self.capacity} (serve.slots + "
-                "serve.max_queue); send fewer prompts or reduce n",
+                f"the request needs {n} samples (prompts times the larger of n and best_of); the maximum is {self.capacity} "
+                "(serve.slots + serve.max_queue); send fewer prompts, or reduce n and best_of",
                 param="n",
             )
         if self.n_pending + n > self.capacity:

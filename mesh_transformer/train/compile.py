@@ -85,7 +85,7 @@ def abstract_batch(config: Config, layout: MeshLayout | None = None) -> Batch:
     return Batch(integers, integers, integers, integers, mask, encoder_tokens)
 
 
-def without_remat(config: Config) -> Config:
-    """Return the configuration without recomputation and pipeline bubbles, so that only the model's FLOPs are counted."""
+def config_for_flops(config: Config) -> Config:
+    """Return the configuration for counting the model's FLOPs: no recomputation or pipeline, and the default attention kernel."""
     model = dataclasses.replace(config.model, remat="none", attention_kernel="auto")
     return dataclasses.replace(config, model=model, mesh=dataclasses.replace(config.mesh, pipeline=1))

@@ -23,9 +23,9 @@ from mesh_transformer.mesh import MeshLayout
 from mesh_transformer.train.compile import (
     abstract_batch,
     compile_barrier,
+    config_for_flops,
     jit_eval_step,
     jit_train_step,
-    without_remat,
 )
 from mesh_transformer.train.flops import count_flops
 from mesh_transformer.train.loss import TokenLosses
@@ -149,7 +149,7 @@ def open_run(
             state, notes = init_from(config, state, shardings)
             carried = read_carried_meta(*find_model(config.run.init_from))
     batch = abstract_batch(config, layout)
-    flops = count_flops(make_train_step(without_remat(config)), shapes, batch) / config.train.batch_size
+    flops = count_flops(make_train_step(config_for_flops(config)), shapes, batch) / config.train.batch_size
     return Run(
         config=config,
         folder=folder,

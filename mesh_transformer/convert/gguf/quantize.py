@@ -10,7 +10,7 @@ multiply-add, which rounds once instead of twice, the scales of a few blocks can
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quantize
 
-from mesh_transformer.convert.gguf.tensors import STORED, dequantize_rows
+from mesh_transformer.convert.gguf.tensors import UNQUANTIZED, dequantize_rows
 from mesh_transformer.convert.lazy_arrays import to_dtype
 from mesh_transformer.storage.errors import CheckpointError
 
@@ -23,9 +23,9 @@ BLOCKS_AT_ONCE = 2048  # bounds the memory of the search
 
 def encode_rows(values: np.ndarray, kind: GGMLQuantizationType, name: str) -> np.ndarray:
     """Return values [..., n] as stored rows [..., bytes], uint8. Raise CheckpointError if a value overflows float16."""
-    if kind in STORED:
+    if kind in UNQUANTIZED:
         with np.errstate(over="ignore"):
-            stored = np.ascontiguousarray(values.astype(to_dtype(STORED[kind]), copy=False))
+            stored = np.ascontiguousarray(values.astype(to_dtype(UNQUANTIZED[kind]), copy=False))
         if kind == GGMLQuantizationType.F16 and np.isinf(stored).any() and not np.isinf(values).any():
             raise CheckpointError(f"{name} has values beyond the range of float16; write it with --gguf-type BF16")
         return stored.view(np.uint8).reshape(*values.shape[:-1], -1)
@@ -36,8 +36,8 @@ def encode_rows(values: np.ndarray, kind: GGMLQuantizationType, name: str) -> np
 
 def decode_rows(rows: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
     """Return the values [..., n] of stored rows [..., bytes]."""
-    if kind in STORED:
-        return np.ascontiguousarray(rows).view(to_dtype(STORED[kind]))
+    if kind in UNQUANTIZED:
+        return np.ascontiguousarray(rows).view(to_dtype(UNQUANTIZED[kind]))
     return dequantize_rows(rows, kind)
 
 

@@ -16,7 +16,7 @@ from mesh_transformer.convert.gguf.container import TensorInfo
 from mesh_transformer.convert.import_plan import raise_problems
 from mesh_transformer.convert.lazy_arrays import FLOAT32, Decoded, FileArray, LazyArray, to_dtype
 
-STORED = {  # types that are not quantized -> NumPy dtype
+UNQUANTIZED = {  # types that are not quantized -> NumPy dtype
     GGMLQuantizationType.F32: "float32",
     GGMLQuantizationType.F16: "float16",
     GGMLQuantizationType.BF16: "bfloat16",
@@ -29,7 +29,7 @@ QUANTIZED = tuple(
 
 def open_tensors(infos: Mapping[str, TensorInfo], where: object) -> dict[str, LazyArray]:
     """Return the tensors as lazy arrays. Raise CheckpointError with the tensors whose type is not supported."""
-    supported = (*STORED, *QUANTIZED)
+    supported = (*UNQUANTIZED, *QUANTIZED)
     problems = [
         f"{name} is {info.type.name}; supported: {', '.join(each.name for each in supported)}"
         for name, info in infos.items()
@@ -43,8 +43,8 @@ def open_tensors(infos: Mapping[str, TensorInfo], where: object) -> dict[str, La
 
 def open_tensor(info: TensorInfo) -> LazyArray:
     """Return a tensor as a lazy array; the values of a quantized tensor are float32."""
-    if info.type in STORED:
-        return FileArray(info.path, info.offset, info.shape, to_dtype(STORED[info.type]))
+    if info.type in UNQUANTIZED:
+        return FileArray(info.path, info.offset, info.shape, to_dtype(UNQUANTIZED[info.type]))
     block, block_bytes = GGML_QUANT_SIZES[info.type]
     stored = FileArray(info.path, info.offset, (*info.shape[:-1], info.row_bytes), np.dtype(np.uint8))
 

@@ -33,9 +33,9 @@ ADDED = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
 
 
 def read_tokenizer(metadata: Mapping[str, Any], where: object) -> dict[str, Any]:
-    """Return metadata for a native checkpoint: the tokenizer, IDs of special tokens and text files (see text_files.py).
+    """Return the metadata of a native checkpoint: the tokenizer, IDs of special tokens and text files (text_files.py).
 
-    The metadata is empty if the file has no tokenizer. Raises CheckpointError if the tokenizer is not supported.
+    The result is empty if the GGUF file has no tokenizer. Raises CheckpointError if the tokenizer is not supported.
     """
     kind = metadata.get("tokenizer.ggml.model", "none")
     if kind in ("none", "no_vocab"):

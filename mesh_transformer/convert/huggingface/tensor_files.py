@@ -42,7 +42,7 @@ STORAGES = {
     "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
     "ByteStorage": "uint8", "BoolStorage": "bool",
 }  # fmt: skip
-ZIP_MARK = b"PK\x03\x04"
+ZIP_SIGNATURE = b"PK\x03\x04"
 LEGACY_NUMBER = 0x1950A86A20F9469CFC6C  # the first value in a file of PyTorch before 1.6
 MAX_HEADER_BYTES = 100_000_000
 BIG_ENDIAN = "big-endian values are not supported; save the file again on a little-endian machine"
@@ -101,7 +101,7 @@ def read_torch(path: AnyPath) -> dict[str, FileArray]:
     """Return the tensors of a .bin file. The unpickler accepts only tensors and does not run any code in the file."""
     try:
         with path.open("rb") as file:
-            if file.read(len(ZIP_MARK)) != ZIP_MARK:
+            if file.read(len(ZIP_SIGNATURE)) != ZIP_SIGNATURE:
                 return _name_tensors(path, *_read_legacy(path))
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             (pickled,) = [name for name in archive.namelist() if name.endswith("/data.pkl") or name == "data.pkl"]
@@ -321,7 +321,7 @@ def _data_offset(file: IO[bytes], path: AnyPath, info: zipfile.ZipInfo) -> int:
         raise CheckpointError(f"{path}: member {info.filename} is compressed; save it with PyTorch 1.6 or later")
     file.seek(info.header_offset)
     header = file.read(30)
-    if len(header) < 30 or header[:4] != ZIP_MARK:
+    if len(header) < 30 or header[:4] != ZIP_SIGNATURE:
         raise CheckpointError(f"{path}: damaged at member {info.filename}; copy or download it again")
     name_length, extra_length = struct.unpack("<HH", header[26:30])
     return info.header_offset + 30 + name_length + extra_length
