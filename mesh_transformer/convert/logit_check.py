@@ -251,7 +251,7 @@ def _make_period(config: ModelConfig, layers: LayerStack) -> Callable[..., jax.A
         context = _attention_context(transformer, x)
         if encoder_output is not None:
             mask = jnp.ones((1, x.shape[1], encoder_output.shape[1]), bool)
-            context = context._replace(encoder_output=EncoderOutput(encoder_output, mask))
+            context = context._replace(encoder_output=EncoderOutput(jnp.asarray(encoder_output), mask))
         return transformer.run_stack(x, context, None, layers._replace(n_repeats=1))[0]
 
     return jax.jit(_transform(run_period))

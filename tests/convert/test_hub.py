@@ -146,7 +146,7 @@ def test_a_repository_without_safetensors_gives_its_bin_files(hub):
             "org/gated",
             "org/gated: this repository requires approval; request access on its page on the Hub, then set HF_TOKEN",
         ),
-        ("hf://one", 'one: not a repository on the Hub; give "org/model" or "org/model@revision"'),
+        ("hf://one", 'one: not the name of a repository on the Hub; give "org/model" or "org/model@revision"'),
     ],
 )
 def test_what_the_hub_refuses_is_an_error_with_a_remedy(hub, name, message):

@@ -20,7 +20,7 @@ def write(folder, *names, text="{}"):
 
 def test_an_adapter_needs_its_base_model(tmp_path):
     folder = write(tmp_path / "adapter", "adapter_config.json", "adapter_model.safetensors")
-    with pytest.raises(CheckpointError, match=r"adapter: an adapter without its base model; merge them with"):
+    with pytest.raises(CheckpointError, match=r"adapter: an adapter without its base model; merge both with"):
         find_source(folder)
     assert find_source(write(folder, "config.json")) == folder
 

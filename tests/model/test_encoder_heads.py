@@ -124,7 +124,7 @@ def assert_close(found: Any, expected: Any, tolerance: float) -> None:
     assert abs(found[0] - expected[0]) <= tolerance * abs(expected[0])
     for module, arrays in expected[1].items():
         for name, value in arrays.items():
-            scale = max(np.abs(value).max(), 1e-3)
+            scale = max(np.abs(value).max(), 1e-2)  # the gradients of key biases are zero but for rounding
             np.testing.assert_allclose(
                 found[1][module][name], value, atol=tolerance * scale, err_msg=f"{module}/{name}"
             )
