@@ -7,7 +7,7 @@ does not need transformers.
 
 examples:
   python scripts/record_config_defaults.py
-      write mesh_transformer/convert/huggingface/config_defaults.json from the installed transformers
+      write mesh_transformer/convert/huggingface/config_defaults.jsonc from the installed transformers
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from typing import Any
 
 from mesh_transformer.cli import make_parser, run_command
 
-OUTPUT = Path(__file__).resolve().parents[1] / "mesh_transformer/convert/huggingface/config_defaults.json"
+OUTPUT = Path(__file__).resolve().parents[1] / "mesh_transformer/convert/huggingface/config_defaults.jsonc"
 MODEL_TYPES = (
     "gpt2", "gpt_neo", "gptj", "gpt_neox", "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
     "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo", "olmo2", "olmo3", "stablelm", "smollm3", "falcon", "opt", "bloom",

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read a config.json with the defaults, aliases and types of its configuration class in transformers.
 
-config_defaults.json records the classes (scripts/record_config_defaults.py). `HFConfig` records every key that a family's
+config_defaults.jsonc records the classes (scripts/record_config_defaults.py). `HFConfig` records every key that a family's
 reader reads; a key of the class that was not read, has an effect and differs from its default is rejected.
 """
 
@@ -14,7 +14,8 @@ from typing import Any
 
 from mesh_transformer.storage.errors import CheckpointError
 
-DEFAULTS = Path(__file__).with_name("config_defaults.json")
+# Not .json, which the readers of training data take for JSON Lines: some examples train on this package.
+DEFAULTS = Path(__file__).with_name("config_defaults.jsonc")
 JSON_TYPES = {int: "int", float: "float", bool: "bool", str: "str", list: "list", dict: "dict", type(None): "null"}
 NO_EFFECT = {
     # reason: keys
