@@ -48,18 +48,18 @@ SAMPLING = (
 )
 
 
-class Model:
-    """A trained model on devices, for text generation and logits, as returned by `load_model`."""
+class _OnDevices:
+    """A model on devices, with the members that models for generation and encoders share."""
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, loaded: LoadedModel | LoadedEncoder) -> None:
         self._loaded = loaded
 
     def __repr__(self) -> str:
-        return f"Model({self._loaded.where!r}, step {self.step})"
+        return f"{type(self).__name__}({self._loaded.where!r}, step {self.step})"
 
     @property
     def config(self) -> Config:
-        """The training run's configuration, with the [sample], [serve] and [mesh] sections that `load_model` applied."""
+        """The configuration, with the [mesh] section of `load_model`, and for generation also [sample] and [serve]."""
         return self._loaded.config
 
     @property
@@ -71,6 +71,12 @@ class Model:
     def step(self) -> int:
         """The training step of the checkpoint."""
         return self._loaded.step
+
+
+class Model(_OnDevices):
+    """A trained model on devices, for text generation and logits, as returned by `load_model`."""
+
+    _loaded: LoadedModel
 
     def generate(
         self, prompt: str | Sequence[str], *, n: int = 1, seed: int = 0, stop: Sequence[str] = (), **sampling: Any
@@ -138,7 +144,7 @@ class Model:
         return TextGeneration(loaded.engine, loaded.defaults, prompts, options, n=n, seed=seed, stops=stop)
 
 
-class Encoder:
+class Encoder(_OnDevices):
     """An encoder-only model (BERT, RoBERTa, ALBERT) on devices, as returned by `load_model`.
 
     Methods return the hidden states and the outputs of the heads. `texts` is one input or a batch: a text, a list of texts,
@@ -148,26 +154,7 @@ class Encoder:
     Outputs at padding have no meaning. A sequence that is empty or longer than model.seq_len raises PromptError.
     """
 
-    def __init__(self, loaded: LoadedEncoder) -> None:
-        self._loaded = loaded
-
-    def __repr__(self) -> str:
-        return f"Encoder({self._loaded.where!r}, step {self.step})"
-
-    @property
-    def config(self) -> Config:
-        """The configuration of the model, with the [mesh] section of `load_model`."""
-        return self._loaded.config
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer that the checkpoint stores: `encode(text)`, `decode(ids)`."""
-        return self._loaded.tokenizer
-
-    @property
-    def step(self) -> int:
-        """The training step of the checkpoint."""
-        return self._loaded.step
+    _loaded: LoadedEncoder
 
     def tokenize(self, texts: Texts | EncoderInputs) -> EncoderInputs:
         """Return the batch that the model reads: `tokens`, `attention_mask` and `token_types`, int32 [batch, seq_len]."""

@@ -166,7 +166,7 @@ def check_sampling(model: Any, imported: Imported, prompts: list[np.ndarray]) ->
     found = engine.generate([p.tolist() for p in prompts], SampleConfig(temperature=0.0), max_tokens=16)
     assert [completion.tokens for [completion] in found] == generated
     for output, [completion] in zip(outputs, found, strict=True):
-        # Those of each step, which a forward pass over the finished text does not repeat: LongRoPE depends on its length.
+        # The logits of each step. A forward pass over the finished text gives others, because LongRoPE depends on its length.
         wanted = torch.cat(output.logits).log_softmax(-1)[range(16), completion.tokens]
         np.testing.assert_allclose(completion.logprobs, wanted.detach().numpy(), atol=1e-4)
     assert len({token for tokens in generated for token in tokens}) > 1, "the model should not repeat one token"

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.convert.huggingface.config_map import ACTIVATIONS, HF_ACTIVATIONS
+from mesh_transformer.convert.huggingface.config_map import ACTIVATIONS, HF_ACTIVATIONS, read_sizes
 from mesh_transformer.convert.huggingface.hf_config import HFConfig
 from mesh_transformer.convert.huggingface.tensor_map import TensorMapping, linear
 from mesh_transformer.storage.errors import CheckpointError
@@ -145,13 +145,7 @@ def read_encoder(s: HFConfig) -> dict[str, Any]:
     s.require("is_decoder", False)
     s.require("add_cross_attention", False)
     s.require("position_embedding_type", "absolute")
-    return dict(
-        n_layers=s["num_hidden_layers"],
-        d_model=s["hidden_size"],
-        n_heads=s["num_attention_heads"],
-        d_ff=s["intermediate_size"],
-        n_vocab=s["vocab_size"],
-        seq_len=s["max_position_embeddings"],
+    return read_sizes(s) | dict(
         n_token_types=s["type_vocab_size"],
         norm_eps=s["layer_norm_eps"],
         activation=s.translate(ACTIVATIONS, "hidden_act"),

@@ -17,8 +17,8 @@ from mesh_transformer.convert.lazy_arrays import InMemory
 from mesh_transformer.storage.errors import CheckpointError
 
 TENSORS = {TOKEN_EMBEDDING: InMemory(np.zeros((100, 64), np.float32))}
-# What llama.cpp has no tensor for: a head beside the embedding, heads of BERT, dense layers among those with experts, and
-# the bias of a gate, which Phi 3 does not have.
+# Weights without a tensor in llama.cpp: a head beside the embedding, the heads of BERT, dense layers among layers with experts,
+# and the bias of a gate, which Phi 3 does not have.
 ABSENT = {
     "gemma": {"w_head"},
     "gemma2": {"w_head"},

@@ -211,7 +211,7 @@ def test_a_model_without_a_pooler_has_none(tmp_path):
         (CASES[0], dict(is_decoder=True), "is_decoder = true is not supported"),
         (CASES[0], dict(position_embedding_type="relative_key"), 'position_embedding_type = "relative_key"'),
         (CASES[0], dict(tie_word_embeddings=False), "tie_word_embeddings = false is not supported"),
-        (CASES[0], dict(architectures=["BertForTokenClassification"]), "BertForTokenClassification'] is not supported"),
+        (CASES[0], dict(architectures=["BertForTokenClassification"]), 'BertForTokenClassification"] is not supported'),
         (CASES[5], dict(hidden_act="relu"), 'hidden_act = "relu" is not supported; supported: "gelu"'),
         (CASES[8], dict(num_hidden_groups=2), "num_hidden_groups = 2 is not supported"),
         (CASES[8], dict(inner_group_num=2), "inner_group_num = 2 is not supported"),
