@@ -73,6 +73,18 @@ def attention_of(architecture: str) -> str:
     return "sdpa" if architecture.startswith("Falcon") else "eager"
 
 
+def compute_logits(model: Any, tokens: np.ndarray, encoder_tokens: np.ndarray | None) -> np.ndarray:
+    """Return the float32 logits [B, T, V] of a model of transformers; `encoder_tokens` is the input of its encoder, if any."""
+    import torch
+
+    ids = torch.tensor(tokens, dtype=torch.long)
+    with torch.no_grad():
+        if encoder_tokens is None:
+            return model(ids, use_cache=False).logits.float().numpy()
+        encoder_ids = torch.tensor(encoder_tokens, dtype=torch.long)
+        return model(input_ids=encoder_ids, decoder_input_ids=ids, use_cache=False).logits.float().numpy()
+
+
 def main(folder: str, architecture: str, inputs: str, output: str) -> None:
     """Load the model, run it and write its logits."""
     import torch
@@ -85,13 +97,9 @@ def main(folder: str, architecture: str, inputs: str, output: str) -> None:
     if loaded["missing_keys"] or loaded["mismatched_keys"]:
         missing, mismatched = sorted(loaded["missing_keys"])[:5], sorted(map(str, loaded["mismatched_keys"]))[:5]
         raise ValueError(f"tensors of {architecture} that are missing: {missing}; of another shape: {mismatched}")
-    with np.load(inputs) as file, torch.no_grad():
-        ids = {name: torch.tensor(file[name], dtype=torch.long) for name in file}
-        if ids["encoder"].numel():
-            result = model.eval()(input_ids=ids["encoder"], decoder_input_ids=ids["tokens"], use_cache=False)
-        else:
-            result = model.eval()(ids["tokens"])
-    np.save(output, result.logits.float().numpy())
+    with np.load(inputs) as file:
+        encoder_tokens = file["encoder"] if file["encoder"].size else None
+        np.save(output, compute_logits(model.eval(), file["tokens"], encoder_tokens))
 
 
 if __name__ == "__main__":

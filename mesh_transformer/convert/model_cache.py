@@ -16,6 +16,7 @@ from pathlib import Path
 
 import mesh_transformer
 from mesh_transformer.checkpoint.backends import backend_for
+from mesh_transformer.checkpoint.local_backend import STEP
 from mesh_transformer.checkpoint.store import Store, find_checkpoint
 from mesh_transformer.config.schema import CACHE_DIR
 from mesh_transformer.convert.conversion import ConversionOptions, convert
@@ -23,7 +24,7 @@ from mesh_transformer.convert.progress import show_progress
 from mesh_transformer.convert.readers import NATIVE, detect_format
 from mesh_transformer.convert.sources import find_source
 from mesh_transformer.storage.errors import CheckpointError, StorageError
-from mesh_transformer.storage.paths import AnyPath
+from mesh_transformer.storage.paths import AnyPath, parse_path
 
 CACHE = "MESH_TRANSFORMER_CACHE"  # environment variable
 
@@ -35,7 +36,12 @@ def find_model(name: str | AnyPath, *, log: Callable[[str], None] | None = None)
     Raises CheckpointError or ConfigError if the model is not found or cannot be converted.
     """
     try:
-        return find_checkpoint(name, log=log)
+        found = find_checkpoint(name, log=log)
+        path = parse_path(name)
+        # `find_checkpoint` accepts every folder named step_N, a name that mesh-transformer-jax gives to its folders as well.
+        if not STEP.fullmatch(path.name) or detect_format(path) == NATIVE:
+            return found
+        source = path
     except StorageError:  # the object store cannot be reached at present
         raise
     except CheckpointError:

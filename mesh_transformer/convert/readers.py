@@ -88,7 +88,7 @@ def read_model_section(path: AnyPath) -> dict[str, Any]:
             from mesh_transformer.convert.gguf.tensors import open_tensors
 
             file = read_gguf(path)
-            return read_gguf_model(file, open_tensors(file.tensors, file.path))[1]
+            return read_gguf_model(file.metadata, open_tensors(file.tensors, file.path), file.path)[1]
         case "huggingface":
             return read_model(*read_config(path))
         case _:

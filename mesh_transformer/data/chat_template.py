@@ -21,6 +21,7 @@ import jinja2.runtime
 import jinja2.sandbox
 import tokenizers as hf
 
+from mesh_transformer.data.tokenizer_files import CONFIG, NAMED_TOKENS, SPECIAL_TOKENS_MAP, name_special_tokens
 from mesh_transformer.data.tokenizers import Tokenizer
 from mesh_transformer.data.vocabularies import make_library, merge_additions
 
@@ -30,8 +31,6 @@ _TEMPLATE_FILE = re.compile(r"additional_chat_templates/([^/]+)\.jinja")
 _MAX_STEPS = 1_000_000  # iterations and calls in one rendering: about a second
 _STEPS_NAME = "_steps"  # name under which a template holds the iterator of its remaining steps
 _MAX_ERROR_CHARACTERS = 300  # of a template's error message
-# Special tokens by the names that templates use.
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class ChatError(ValueError):
@@ -167,19 +166,13 @@ class ChatTemplate:
 
     @functools.cached_property
     def _config(self) -> dict[str, Any]:
-        return self._read("tokenizer_config.json")
+        return self._read(CONFIG)
 
     @functools.cached_property
     def _special(self) -> dict[str, str]:
         """The model's special tokens by the names that templates use."""
-        config = dict(self._config)
-        if "added_tokens_decoder" not in config:  # otherwise special_tokens_map.json, an older file, is not needed
-            config |= self._read("special_tokens_map.json")
-        named = {
-            name: value.get("content") if isinstance(value := config.get(name), dict) else value
-            for name in _SPECIAL_TOKENS
-        }
-        return {name: value for name, value in named.items() if isinstance(value, str)}
+        named = name_special_tokens({CONFIG: self._config, SPECIAL_TOKENS_MAP: self._read(SPECIAL_TOKENS_MAP)})
+        return {name: named[name] for name in NAMED_TOKENS if name in named}
 
     def _read(self, name: str) -> dict[str, Any]:
         try:

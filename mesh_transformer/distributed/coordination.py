@@ -106,9 +106,8 @@ def get_keys(folder: str) -> dict[int, str]:
 
 
 def _unreachable(error: Exception) -> CoordinationError:
-    return CoordinationError(
-        f"the coordination service of process 0 does not answer: {str(error).partition(chr(10))[0]}"
-    )
+    reason = str(error).partition("\n")[0]
+    return CoordinationError(f"the coordination service of process 0 does not answer: {reason}")
 
 
 def _client() -> Any:

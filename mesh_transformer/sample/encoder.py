@@ -90,7 +90,8 @@ class EncoderPrograms(CompiledModel):
 
     def hidden_states(self, inputs: EncoderInputs) -> Float[np.ndarray, "B T D"]:
         """Return the float32 hidden states after the last layer. Hidden states of padding have no meaning."""
-        return self._run(self._encode_program, inputs).hidden_states[:, : inputs.tokens.shape[1]]
+        batch_size, length = inputs.tokens.shape
+        return np.asarray(self._run(self._encode_program, inputs).hidden_states)[:batch_size, :length]
 
     def pooled(self, inputs: EncoderInputs) -> Float[np.ndarray, "B P"]:
         """Return the float32 output of the pooler. Raises ConfigError if the model has no pooler."""
@@ -98,27 +99,28 @@ class EncoderPrograms(CompiledModel):
             raise ConfigError(
                 "model.pooler=false: the model has no pooler; use mean_pooled, or hidden_states of the first token"
             )
-        return self._run(self._encode_program, inputs).pooled
+        return np.asarray(self._run(self._encode_program, inputs).pooled)[: len(inputs.tokens)]
 
     def logits(self, inputs: EncoderInputs) -> Float[np.ndarray, "B T V"]:
         """Return the float32 logits of the masked language-model head. Raises ConfigError if the model has no head."""
         if self.config.head == "none":
             raise ConfigError('model.head="none": the model has no masked language-model head; use hidden_states')
-        return self._run(self._logits_program, inputs)[:, : inputs.tokens.shape[1]]
+        batch_size, length = inputs.tokens.shape
+        return np.asarray(self._run(self._logits_program, inputs))[:batch_size, :length]
 
     def class_logits(self, inputs: EncoderInputs) -> Float[np.ndarray, "B C"]:
         """Return the float32 logits of the labels. Raises ConfigError if the model has no classifier."""
         if self.config.n_labels is None:
             raise ConfigError("model.n_labels is not set: the model has no sequence classifier; use pooled")
-        return self._run(self._encode_program, inputs).class_logits
+        return np.asarray(self._run(self._encode_program, inputs).class_logits)[: len(inputs.tokens)]
 
     def _run(self, program: Any, inputs: EncoderInputs) -> Any:
-        """Return the outputs of a program for the sequences of `inputs`, which may end with padding."""
+        """Return the outputs of a program, on the devices, for `inputs` padded to a size with a compiled program."""
         batch_size, length = inputs.tokens.shape
         extra_rows = self._buckets.batch_size(batch_size) - batch_size
         extra_columns = self._buckets.prefill_len(length) - length
         padded = EncoderInputs(*(np.pad(array, ((0, extra_rows), (0, extra_columns))) for array in inputs))
-        return jax.tree.map(lambda array: np.asarray(array)[:batch_size], program(self.weights, padded))
+        return program(self.weights, padded)
 
     def _encode(self, weights: Any, inputs: EncoderInputs) -> Encoding:
         encoding = self._model.encode(stack_layers(weights), inputs.tokens, **self._arguments(inputs))

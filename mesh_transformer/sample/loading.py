@@ -48,6 +48,7 @@ class LoadedModel(NamedTuple):
     step: int
     where: str  # folder of the checkpoint
     defaults: ModelDefaults  # from the model's files, with the overrides of load_model
+    meta: dict[str, Any]  # metadata of the checkpoint, including files saved with the weights (`carried`: name -> text)
 
 
 class LoadedEncoder(NamedTuple):
@@ -107,7 +108,7 @@ def load_model(path: str | AnyPath, overrides: Iterable[str] = ()) -> LoadedMode
 def _open(path: str | AnyPath, overrides: Sequence[str]) -> _Source:
     keep_freed_memory(True)  # before threads start, so that malloc uses one arena
     store, step = find_model(path, log=_log)
-    where = f"{store.root}/step_{step}"
+    where = str(store.folder(step))
     meta = store.read_meta(step)
     config = read_model_config(meta, where, overrides)
     if "tokenizer" not in meta:
@@ -121,7 +122,7 @@ def _load_generator(source: _Source, overrides: Sequence[str]) -> LoadedModel:
     layout = init_devices(config.mesh)
     params = _read_params(source.store, source.step, config, layout)
     engine = _make_engine(config, params, layout, defaults)
-    return LoadedModel(engine, defaults.tokenizer, config, source.step, source.where, defaults)
+    return LoadedModel(engine, defaults.tokenizer, config, source.step, source.where, defaults, source.meta)
 
 
 def _load_encoder(source: _Source, overrides: Sequence[str]) -> LoadedEncoder:
@@ -146,14 +147,8 @@ def load_sampling_config(path: str | AnyPath, overrides: Iterable[str] = ()) -> 
     source = find_source(path, config_only=True)
     if source.is_dir() and detect_format(source) == NATIVE:
         store, step = find_checkpoint(source)
-        return read_model_config(store.read_meta(step), f"{store.root}/step_{step}", overrides)
+        return read_model_config(store.read_meta(step), str(store.folder(step)), overrides)
     return read_model_config({"config": {"model": read_model_section(source)}}, str(source), overrides)
-
-
-def read_meta(model: LoadedModel) -> dict[str, Any]:
-    """Return the metadata of the model's checkpoint, including files saved with the weights (`carried`: name -> text)."""
-    store, step = find_checkpoint(model.where)
-    return store.read_meta(step)
 
 
 def describe_arrays(
@@ -242,7 +237,7 @@ def _load_draft_model(config: Config, layout: MeshLayout) -> Drafter:
     """Load `serve.draft_model` onto the devices of the model."""
     serve = config.serve
     store, step = find_model(serve.draft_model, log=_log)
-    where = f"{store.root}/step_{step}"
+    where = str(store.folder(step))
     draft_config = read_model_config(store.read_meta(step), where, ())
     try:
         if draft_config.model.n_encoder_layers is not None:

@@ -19,7 +19,7 @@ from mesh_transformer.cli import DONE
 from mesh_transformer.config import ConfigError
 from mesh_transformer.data.chat_template import ChatTemplate
 from mesh_transformer.sample.engine.decoder_only import require_decoder_only
-from mesh_transformer.sample.loading import LoadedModel, read_meta
+from mesh_transformer.sample.loading import LoadedModel
 from mesh_transformer.serve.app import make_app
 from mesh_transformer.serve.completions import Service
 from mesh_transformer.serve.engine_thread import EngineThread
@@ -155,7 +155,7 @@ def _make_service(loaded: LoadedModel, name: str) -> Service:
         grammar_compiler=GrammarCompiler(loaded.defaults, n_vocab),
         name=name,
         max_token_bytes=max(len(tokenizer.decode_bytes([i])) for i in range(tokenizer.n_vocab)),
-        chat_template=ChatTemplate(tokenizer, read_meta(loaded)),
+        chat_template=ChatTemplate(tokenizer, loaded.meta),
     )
 
 

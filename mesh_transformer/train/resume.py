@@ -24,7 +24,6 @@ from mesh_transformer.config import (
 from mesh_transformer.config.field_types import Resume
 from mesh_transformer.config.resume_rules import resume_rule
 from mesh_transformer.convert.huggingface.text_files import MODEL_CARD
-from mesh_transformer.convert.model_cache import find_model
 from mesh_transformer.data.dataset import Data
 from mesh_transformer.train.compile import abstract_state
 from mesh_transformer.train.state import TrainState, flatten_state, unflatten_state
@@ -34,7 +33,7 @@ def restore_state(
     config: Config, data: Data, store: Store, step: int, shapes: TrainState, shardings: TrainState
 ) -> tuple[TrainState, list[str]]:
     """Return the state of a checkpoint, and notes on changed fields. Raises ConfigError, CheckpointError."""
-    where = f"{store.root}/step_{step}"
+    where = str(store.folder(step))
     meta = store.read_meta(step)
     saved = parse_stored(meta["config"], where=where)  # fields added after the checkpoint get their defaults
     notes = check_resume(config_to_dict(saved), config, where)
@@ -76,15 +75,16 @@ def _format_field(flat: Mapping[str, Any], path: str) -> str:
     return f"{path} = {format_value(flat.get(path))}" if has_section else f"no {section}"
 
 
-def init_from(config: Config, state: TrainState, shardings: TrainState) -> tuple[TrainState, list[str]]:
+def init_from(
+    config: Config, state: TrainState, shardings: TrainState, store: Store, step: int
+) -> tuple[TrainState, list[str]]:
     """Return a new state with the weights of another checkpoint, and a note with its path.
 
     With `run.load_optimizer_state`, the optimizer's moments are loaded as well. The step, the schedule and the skip guard
     start from zero, and arrays are cast to the types of `state`. Raises ConfigError if the models differ, and
     CheckpointError for a damaged checkpoint or moments of another optimizer.
     """
-    store, step = find_model(config.run.init_from)
-    where = f"{store.root}/step_{step}"
+    where = str(store.folder(step))
     _check_same_model(config, parse_model(store.read_meta(step)["config"]["model"], where=where), where)
     arrays = flatten_state(state)
     flat_shardings = flatten_state(shardings)

@@ -146,8 +146,9 @@ def open_run(
         notes, carried = [], {}
         state = jax.jit(make_init_state(config), out_shardings=shardings)(jax.random.key(config.run.seed))
         if config.run.init_from:
-            state, notes = init_from(config, state, shardings)
-            carried = read_carried_meta(*find_model(config.run.init_from))
+            source, source_step = find_model(config.run.init_from)
+            state, notes = init_from(config, state, shardings, source, source_step)
+            carried = read_carried_meta(source, source_step)
     batch = abstract_batch(config, layout)
     flops = count_flops(make_train_step(config_for_flops(config)), shapes, batch) / config.train.batch_size
     return Run(

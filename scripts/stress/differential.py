@@ -31,6 +31,7 @@ import copy
 import hashlib
 import itertools
 import json
+import math
 import random
 import re
 import shutil
@@ -55,7 +56,7 @@ from mesh_transformer.convert.huggingface.hf_config import KEYS_WITHOUT_EFFECT, 
 from mesh_transformer.convert.huggingface.reader import find_family, open_huggingface, pack_tensors
 from mesh_transformer.convert.huggingface.text_files import SPECIAL_IDS, read_text_files, write_text_files
 from mesh_transformer.convert.import_plan import ImportPlan
-from mesh_transformer.convert.library_logits import attention_of
+from mesh_transformer.convert.library_logits import attention_of, compute_logits
 from mesh_transformer.convert.logit_check import make_encoder_tokens, run_native
 from mesh_transformer.storage.errors import CheckpointError
 
@@ -186,7 +187,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="default: all")
     parser.add_argument("--sample", type=int, help="cells of each family, at random; default: all")
     parser.add_argument(
-        "--budget", type=float, help="seconds; families that were not begun are named; default: no limit"
+        "--budget", type=float, default=math.inf, help="seconds; families not begun have 0 cells; default: no limit"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of --sample; default: %(default)s")
     parser.add_argument("--verbose", action="store_true", help="print a line for each cell")
@@ -208,7 +209,7 @@ def main(arguments: list[str]) -> int:
     return int(failed > 0)
 
 
-def run_family(kind: str, sample: int | None = None, seed: int = 0, end: float = float("inf")) -> list[Outcome]:
+def run_family(kind: str, sample: int | None = None, seed: int = 0, end: float = math.inf) -> list[Outcome]:
     """Return the outcome of each cell of a family, of as many as can be run before the time `end`."""
     import torch
     from transformers.utils import logging
@@ -486,14 +487,7 @@ def _plain(value: Any) -> Any:
 
 def _library_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
     """Return the logits of a transformers model; an encoder reads the tokens of make_encoder_tokens."""
-    import torch
-
-    ids = torch.tensor(tokens, dtype=torch.long)
-    with torch.no_grad():
-        if not model.config.is_encoder_decoder:
-            return model(ids, use_cache=False).logits.numpy()
-        encoder_ids = torch.tensor(make_encoder_tokens(tokens), dtype=torch.long)
-        return model(input_ids=encoder_ids, decoder_input_ids=ids, use_cache=False).logits.numpy()
+    return compute_logits(model, tokens, make_encoder_tokens(tokens) if model.config.is_encoder_decoder else None)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,12 @@ def test_a_folder_is_converted_once_and_again_when_it_changes(external):
     assert find_model(store.root)[0].root == store.root, "a native checkpoint is used as it is"
 
 
+def test_a_folder_named_like_a_step_is_converted(external):
+    folder = external.rename(external.with_name("step_1000"))
+    store, step = find_model(folder)
+    assert parse_model(store.read_meta(step)["config"]["model"], where="test").d_model == 8
+
+
 def test_a_conversion_into_the_cache_does_not_start_transformers(external, monkeypatch):
     ran: list[str] = []
 

@@ -312,25 +312,21 @@ SIZES = {
     "feed_forward_length": "intermediate_size",
     "attention.head_count": "num_attention_heads",
 }
-LLAMA = SIZES | {
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-}
+HEADS = SIZES | {"attention.head_count_kv": "num_key_value_heads", "attention.key_length": "head_dim"}
+LLAMA = HEADS | {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
 GEMMA2 = LLAMA | {
     "attention.sliding_window": "sliding_window",
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
 GEMMA3 = {key: name for key, name in GEMMA2.items() if key != "attn_logit_softcapping"}
-LAYERNORM = SIZES | {"attention.head_count_kv": "num_key_value_heads", "attention.key_length": "head_dim"}
-STARCODER2 = LAYERNORM | {"attention.layer_norm_epsilon": "norm_epsilon"}
-STABLELM = LAYERNORM | {
+STARCODER2 = HEADS | {"attention.layer_norm_epsilon": "norm_epsilon"}
+STABLELM = HEADS | {
     "attention.layer_norm_epsilon": "layer_norm_eps",
     "use_parallel_residual": "use_parallel_residual",
 }
-OLMO = LAYERNORM | {"attention.clamp_kqv": "clip_qkv"}
-COHERE = LAYERNORM | {"attention.layer_norm_epsilon": "layer_norm_eps", "logit_scale": "logit_scale"}
+OLMO = HEADS | {"attention.clamp_kqv": "clip_qkv"}
+COHERE = HEADS | {"attention.layer_norm_epsilon": "layer_norm_eps", "logit_scale": "logit_scale"}
 QWEN_MOE = LLAMA | {
     "expert_count": "num_experts",
     "expert_used_count": "num_experts_per_tok",

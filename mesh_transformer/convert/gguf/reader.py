@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.convert.gguf.architectures import ARCHITECTURES, make_family, read_config
-from mesh_transformer.convert.gguf.container import GGUFFile, read_gguf
+from mesh_transformer.convert.gguf.container import read_gguf
 from mesh_transformer.convert.gguf.tensors import open_tensors, subtract_one, undo_rope_order
 from mesh_transformer.convert.gguf.tokenizer import read_tokenizer
 from mesh_transformer.convert.huggingface.hf_config import HFConfig
@@ -33,7 +33,7 @@ def open_gguf(path: AnyPath) -> OpenGGUF:
     """
     file = read_gguf(path)
     tensors = open_tensors(file.tensors, file.path)
-    config, model = read_gguf_model(file, tensors)
+    config, model = read_gguf_model(file.metadata, tensors, file.path)
     name = file.metadata["general.architecture"]
     native = make_model_config(model, file.path)
     arrays = assemble_native(native, name, config["model_type"], tensors, file.path)
@@ -41,11 +41,13 @@ def open_gguf(path: AnyPath) -> OpenGGUF:
     return OpenGGUF(file.path, ImportPlan(native, model, arrays, 0), config, meta)
 
 
-def read_gguf_model(file: GGUFFile, tensors: Mapping[str, LazyArray]) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_gguf_model(
+    metadata: Mapping[str, Any], tensors: Mapping[str, LazyArray], where: object
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return config.json and the [model] section of a GGUF model. Raise CheckpointError if the model is not supported."""
-    config = read_config(file.metadata, tensors, file.path)
-    family = make_family(config["model_type"], file.metadata["general.architecture"])
-    return config, read_model(HFConfig(config, file.path), family)
+    config = read_config(metadata, tensors, where)
+    family = make_family(config["model_type"], metadata["general.architecture"])
+    return config, read_model(HFConfig(config, where), family)
 
 
 def assemble_native(

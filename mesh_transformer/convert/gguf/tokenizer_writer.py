@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gguf import TokenType
-from tokenizers.pre_tokenizers import ByteLevel
 
 from mesh_transformer.convert.gguf.pre_tokenizers import name_pre_tokenizer
 from mesh_transformer.convert.gguf.tokenizer import END_OF_TURN, ENDED_BY_DEFAULT, derive_merges
 from mesh_transformer.convert.gguf.unigram import write_unigram, write_wordpiece
 from mesh_transformer.data.file_tokenizer import FileTokenizer
+from mesh_transformer.data.token_bytes import make_byte_alphabet
 from mesh_transformer.data.tokenizer_files import token_ids
 from mesh_transformer.data.tokenizers import tokenizer_from_json
 from mesh_transformer.data.vocabularies import END_OF_TEXT
@@ -80,10 +80,8 @@ def _write_bytes() -> dict[str, Any]:
 
     llama.cpp requires merges. The only merge here does not form a token of the vocabulary, so it does not change the IDs.
     """
-    alphabet = sorted(ByteLevel.alphabet())  # printable bytes are unchanged, other bytes become U+0100 and following
-    printable = {ord(character): character for character in alphabet if ord(character) < 256}
-    others = iter(alphabet[len(printable) :])
-    characters = [printable.get(byte) or next(others) for byte in range(256)]
+    alphabet = make_byte_alphabet()
+    characters = sorted(alphabet, key=alphabet.__getitem__)
     return {
         f"{PREFIX}.model": "gpt2",
         f"{PREFIX}.pre": "gpt-2",

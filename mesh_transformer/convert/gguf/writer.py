@@ -25,16 +25,15 @@ from mesh_transformer.convert.gguf.architectures import (
     OUTPUT,
     TOKEN_EMBEDDING,
     make_family,
-    read_config,
     write_config,
 )
 from mesh_transformer.convert.gguf.container import TensorInfo, read_gguf
 from mesh_transformer.convert.gguf.metadata import Table, constant_tensors
 from mesh_transformer.convert.gguf.quantize import encode_rows
+from mesh_transformer.convert.gguf.reader import read_gguf_model
 from mesh_transformer.convert.gguf.tensors import to_pairs
 from mesh_transformer.convert.gguf.tokenizer_writer import write_tokenizer
-from mesh_transformer.convert.huggingface.hf_config import HFConfig
-from mesh_transformer.convert.huggingface.reader import find_family, pack_tensors, read_model
+from mesh_transformer.convert.huggingface.reader import find_family, pack_tensors
 from mesh_transformer.convert.huggingface.tensor_files import write_values
 from mesh_transformer.convert.import_plan import ImportPlan, describe_weights, make_model_config
 from mesh_transformer.convert.layout_views import Joined, Packed
@@ -128,9 +127,7 @@ def _check_function(config: ModelConfig, model: GGUFPlan) -> None:
     }
     shapes |= {name: InMemory(values) for name, values in model.constants.items()}
     name = model.metadata["general.architecture"]
-    table = read_config(model.metadata, shapes, "GGUF")
-    family = make_family(table["model_type"], name)
-    represented = make_model_config(read_model(HFConfig(table, "GGUF"), family), "GGUF").effective_fields()
+    represented = make_model_config(read_gguf_model(model.metadata, shapes, "GGUF")[1], "GGUF").effective_fields()
     fields = config.effective_fields()
     different = [f"{key} = {format_value(value)}" for key, value in fields.items() if represented.get(key) != value]
     if different:

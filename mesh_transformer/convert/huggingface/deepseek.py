@@ -11,7 +11,7 @@ from typing import Any
 
 from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.convert.huggingface.config_map import ACTIVATIONS, HF_ACTIVATIONS
+from mesh_transformer.convert.huggingface.config_map import ACTIVATIONS, HF_ACTIVATIONS, read_sizes, write_sizes
 from mesh_transformer.convert.huggingface.hf_config import HFConfig
 from mesh_transformer.convert.huggingface.rope_map import read_rope, write_rope
 from mesh_transformer.convert.huggingface.tensor_map import LLAMA, M, TensorMapping, experts, linear, shared_expert
@@ -47,8 +47,7 @@ def read_config(s: HFConfig) -> dict[str, Any]:
     """Return the [model] section for a DeepseekV2Config or DeepseekV3Config."""
     is_v3 = s.kind == "deepseek_v3"
     rope, fields = read_rope(s)
-    heads = s["num_attention_heads"]
-    s.require("num_key_value_heads", heads)
+    s.require("num_key_value_heads", s["num_attention_heads"])
     latent = dict(
         kv_rank=s["kv_lora_rank"], q_rank=s["q_lora_rank"], d_unrotated=s["qk_nope_head_dim"],
         d_rotated=s["qk_rope_head_dim"], d_value=s["v_head_dim"],
@@ -56,16 +55,16 @@ def read_config(s: HFConfig) -> dict[str, Any]:
     d_head = latent["d_unrotated"] + latent["d_rotated"]
     s.require("head_dim", latent["d_rotated"])  # transformers computes both
     s.require("qk_head_dim", d_head)
-    model = dict(
-        n_layers=s["num_hidden_layers"], d_model=s["hidden_size"], n_heads=heads, n_vocab=s["vocab_size"],
-        seq_len=s["max_position_embeddings"], d_ff=s["intermediate_size"], norm="rmsnorm", norm_eps=s["rms_norm_eps"],
+    model = read_sizes(s) | dict(
+        norm="rmsnorm", norm_eps=s["rms_norm_eps"],
         positions="rope-interleaved" if not is_v3 or s["rope_interleave"] else "rope-half", **fields,
         latent_attention=latent, attention_scale=_attention_scale(rope, d_head), qkv_bias=s["attention_bias"],
         attention_out_bias=s["attention_bias"], ff_bias=not is_v3 and s["mlp_bias"], gated_ffn=True,
-        activation=s.translate(ACTIVATIONS, "hidden_act"), tied_embeddings=s["tie_word_embeddings"],
+        activation=s.translate(ACTIVATIONS, "hidden_act"),
     )  # fmt: skip
-    n_dense = min(s["first_k_dense_replace"] or 0, model["n_layers"])
-    if n_dense < model["n_layers"]:
+    n_layers = s["num_hidden_layers"]
+    n_dense = min(s["first_k_dense_replace"] or 0, n_layers)
+    if n_dense < n_layers:
         model["experts"] = _read_experts(s, is_v3) | dict(dense_layers=list(range(n_dense)))
     else:
         s.was_read |= EXPERT_KEYS
@@ -107,9 +106,8 @@ def _write(c: ModelConfig) -> dict[str, Any]:
     if latent is None:
         raise CheckpointError("latent_attention is unset, but DeepSeek models require it")
     shared = c.shared_ff_dim // c.expert_ff_dim if e and e.shared_expert else 0
-    return dict(
-        num_hidden_layers=c.n_layers, hidden_size=c.d_model, num_attention_heads=c.n_heads, vocab_size=c.n_vocab,
-        max_position_embeddings=c.seq_len, intermediate_size=c.ff_dim, num_key_value_heads=c.n_heads,
+    return write_sizes(c) | dict(
+        num_key_value_heads=c.n_heads,
         hidden_act=HF_ACTIVATIONS.get(c.activation), rms_norm_eps=c.norm_eps, attention_bias=c.qkv_bias,
         kv_lora_rank=latent.kv_rank, q_lora_rank=latent.q_rank, qk_nope_head_dim=latent.d_unrotated,
         qk_rope_head_dim=latent.d_rotated, v_head_dim=latent.d_value, n_shared_experts=shared,

@@ -12,8 +12,10 @@ from typing import Any
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.convert.huggingface.config_map import (
     read_layer_types,
+    read_sizes,
     require_full_rotation,
     write_layer_types,
+    write_sizes,
 )
 from mesh_transformer.convert.huggingface.hf_config import HFConfig
 from mesh_transformer.convert.huggingface.rope_map import read_rope, write_rope
@@ -44,14 +46,13 @@ def read_config(s: HFConfig) -> dict[str, Any]:
     n_layers = s["num_hidden_layers"]
     alternating = [("sliding_attention", "full_attention")[i % 2] for i in range(n_layers)]
     heads = s["num_attention_heads"]
-    return dict(
-        n_layers=n_layers, d_model=s["hidden_size"], n_heads=heads, n_vocab=s["vocab_size"],
-        seq_len=s["max_position_embeddings"], d_ff=s["intermediate_size"], norm="rmsnorm", norm_eps=s["rms_norm_eps"],
+    return read_sizes(s) | dict(
+        norm="rmsnorm", norm_eps=s["rms_norm_eps"],
         n_kv_heads=s.get("num_key_value_heads", default=heads), d_head=s.get("head_dim", default=s["hidden_size"] // heads),
         positions="rope-half", **fields, activation="clamped-swiglu", gated_ffn=True, ff_bias=False,
         qkv_bias=s["attention_bias"], attention_out_bias=s["attention_bias"], attention_sinks=True,
         attention_pattern=read_layer_types(s, s.get("layer_types", default=alternating), n_layers),
-        attention_window=s["sliding_window"], tied_embeddings=s["tie_word_embeddings"],
+        attention_window=s["sliding_window"],
         experts=dict(
             n_experts=s["num_local_experts"], n_experts_per_token=s["num_experts_per_tok"], bias=True, router_bias=True,
             normalize_gates=True,
@@ -62,9 +63,8 @@ def read_config(s: HFConfig) -> dict[str, Any]:
 def write_config(c: ModelConfig) -> dict[str, Any]:
     """Return the keys of a GptOssConfig."""
     e = c.experts
-    return dict(
-        num_hidden_layers=c.n_layers, hidden_size=c.d_model, num_attention_heads=c.n_heads, vocab_size=c.n_vocab,
-        max_position_embeddings=c.seq_len, intermediate_size=c.expert_ff_dim, num_key_value_heads=c.kv_heads,
+    return write_sizes(c) | dict(
+        intermediate_size=c.expert_ff_dim,
         head_dim=c.head_dim, hidden_act="silu", rms_norm_eps=c.norm_eps, attention_bias=c.qkv_bias,
         sliding_window=c.attention_window, layer_types=write_layer_types(c), swiglu_limit=SWIGLU_LIMIT,
         num_local_experts=e.n_experts if e else 1, num_experts_per_tok=e.n_experts_per_token if e else 1, **write_rope(c),

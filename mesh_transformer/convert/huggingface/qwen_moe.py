@@ -9,8 +9,10 @@ from mesh_transformer.convert.huggingface.config_map import (
     ACTIVATIONS,
     HF_ACTIVATIONS,
     read_layer_types,
+    read_sizes,
     require_full_rotation,
     write_layer_types,
+    write_sizes,
 )
 from mesh_transformer.convert.huggingface.hf_config import HFConfig
 from mesh_transformer.convert.huggingface.rope_map import read_rope, write_rope
@@ -36,12 +38,11 @@ def read_config(s: HFConfig) -> dict[str, Any]:
     heads = s["num_attention_heads"]
     bias = s["attention_bias"] if is_qwen3 else s["qkv_bias"]
     n_layers = s["num_hidden_layers"]
-    model = dict(
-        n_layers=n_layers, d_model=s["hidden_size"], n_heads=heads, n_vocab=s["vocab_size"],
-        seq_len=s["max_position_embeddings"], d_ff=s["intermediate_size"], norm="rmsnorm", norm_eps=s["rms_norm_eps"],
+    model = read_sizes(s) | dict(
+        norm="rmsnorm", norm_eps=s["rms_norm_eps"],
         n_kv_heads=s.get("num_key_value_heads", default=heads), d_head=s.get("head_dim", default=s["hidden_size"] // heads),
         positions="rope-half", **fields, activation=s.translate(ACTIVATIONS, "hidden_act"), gated_ffn=True, ff_bias=False,
-        qkv_bias=bias, attention_out_bias=is_qwen3 and bias, qk_norm=is_qwen3, tied_embeddings=s["tie_word_embeddings"],
+        qkv_bias=bias, attention_out_bias=is_qwen3 and bias, qk_norm=is_qwen3,
         **_read_windows(s, n_layers),
     )  # fmt: skip
     dense = set(s["mlp_only_layers"] or ()) | {
@@ -84,9 +85,7 @@ def write_config(c: ModelConfig) -> dict[str, Any]:
     """Return the keys for the fields that Qwen2-MoE and Qwen3-MoE share, and shared_expert_intermediate_size of Qwen2-MoE."""
     e = c.experts
     has_windows = "local" in c.attention_pattern
-    table = dict(
-        num_hidden_layers=c.n_layers, hidden_size=c.d_model, num_attention_heads=c.n_heads, vocab_size=c.n_vocab,
-        max_position_embeddings=c.seq_len, intermediate_size=c.ff_dim, num_key_value_heads=c.kv_heads,
+    return write_sizes(c) | dict(
         head_dim=c.head_dim, hidden_act=HF_ACTIVATIONS.get(c.activation), rms_norm_eps=c.norm_eps,
         use_sliding_window=has_windows, sliding_window=c.attention_window if has_windows else None,
         moe_intermediate_size=c.expert_ff_dim, shared_expert_intermediate_size=c.shared_ff_dim,
@@ -94,7 +93,6 @@ def write_config(c: ModelConfig) -> dict[str, Any]:
         norm_topk_prob=e is not None and e.normalizes_gates, decoder_sparse_step=1,
         mlp_only_layers=[i for i, kind in enumerate(c.layer_kinds) if not kind.has_experts], **write_rope(c),
     )  # fmt: skip
-    return table
 
 
 def write_qwen2_moe(c: ModelConfig) -> dict[str, Any]:

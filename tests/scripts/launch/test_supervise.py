@@ -186,7 +186,7 @@ def test_ray_dry_run():
 
 
 @pytest.mark.filterwarnings("ignore")  # warnings of Ray
-def test_ray_cluster_of_two_nodes(tmp_path):
+def test_ray_cluster_of_two_nodes(tmp_path, monkeypatch):
     """A run of two processes on a real Ray cluster of two nodes on this machine."""
     pytest.importorskip("ray", reason="needs ray")
     from ray.cluster_utils import Cluster
@@ -198,7 +198,7 @@ def test_ray_cluster_of_two_nodes(tmp_path):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         cluster.add_node(num_cpus=1)
@@ -206,7 +206,6 @@ def test_ray_cluster_of_two_nodes(tmp_path):
         done = run(*launcher, RAY_ADDRESS=cluster.address, JAX_PLATFORMS="cpu", seconds=600)
     finally:
         cluster.shutdown()
-        del os.environ["RAY_USAGE_STATS_ENABLED"]
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert (tmp_path / "run" / "checkpoints" / "step_2" / "COMMIT").is_file()
     assert '"processes": 2' in (tmp_path / "run" / "recipe.json").read_text()

@@ -18,9 +18,9 @@ from mesh_transformer.convert.huggingface.quantized.decoding import (
     ceil_div,
     decode_lazily,
     each_block,
+    pair_table,
     read_all,
 )
-from mesh_transformer.convert.huggingface.quantized.mxfp4 import pair_table
 from mesh_transformer.convert.lazy_arrays import FileArray, LazyArray
 
 ROW_FORMAT = 0  # weight_format of LLM.int8 for rows in their order; the other formats are reordered for a GPU
@@ -33,6 +33,7 @@ class State(NamedTuple):
     blocksize: int  # values per block
     nested_blocksize: int  # values per block of a quantized `absmax`; 0: `absmax` is not quantized
     nested_offset: float  # added to `absmax`
+    nested_code: np.ndarray | None = None  # the 256 float32 values of a quantized `absmax`
 
 
 def decode_4bit(stored: Stored) -> LazyArray:
@@ -48,15 +49,13 @@ def decode_4bit(stored: Stored) -> LazyArray:
     packed = weight.with_shape(ceil_div(count, 2))
     stored.require_shape("absmax", ceil_div(count, size))
     code = read_all(stored.require_shape("quant_map", 16)).astype(np.float32)
-    pairs = pair_table(code, code)
-    swapped = pairs.reshape(16, 16).T.ravel()  # the first value is in the high bits
-
+    pairs = pair_table(code, high_first=True)
     per_row = columns // size
 
     def decode(index: Slices) -> np.ndarray:
         rows, inner = index
         raw = packed.with_shape(state.shape[0], columns // 2).read((rows, slice(inner.start // 2, inner.stop // 2)))
-        values = swapped.take(raw).view(np.float32)
+        values = pairs.take(raw).view(np.float32)
         largest = _read_largest(stored, state, rows.start * per_row, rows.stop * per_row).reshape(-1, per_row)
         each_block(values, largest[:, inner.start // size : inner.stop // size], size, np.multiply)
         return values
@@ -66,7 +65,7 @@ def decode_4bit(stored: Stored) -> LazyArray:
         start, stop = index[0].start * columns, index[0].stop * columns
         first, last = start // size, ceil_div(stop, size)
         raw = packed.read((slice(first * size // 2, min(last * size // 2, packed.shape[0])),))
-        values = swapped.take(raw).view(np.float32)
+        values = pairs.take(raw).view(np.float32)
         each_block(values, _read_largest(stored, state, first, last), size, np.multiply)
         return values[start - first * size : stop - first * size].reshape(-1, columns)
 
@@ -79,7 +78,7 @@ def _read_state(stored: Stored) -> State:
     try:
         table: dict[str, Any] = json.loads(bytes(read_all(stored.parts["quant_state"])))
         shape, size = table["shape"], table["blocksize"]
-        nested = table.get("nested_blocksize", 0) if "nested_absmax" in stored.parts else 0
+        nested = table.get("nested_blocksize", 0) if {"nested_absmax", "nested_quant_map"} <= stored.parts.keys() else 0
         state = State((shape[0], shape[1]), size, nested, float(table.get("nested_offset", 0.0)))
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"quant_state is not valid: {type(error).__name__}: {error}") from None
@@ -92,18 +91,21 @@ def _read_state(stored: Stored) -> State:
             f"absmax has dtype {stored.parts['absmax'].dtype.name}; a uint8 absmax requires nested_absmax, nested_quant_map and "
             "nested_blocksize, and an absmax of another dtype must not have them"
         )
-    return state
+    if not nested:
+        return state
+    return state._replace(nested_code=read_all(stored.require_shape("nested_quant_map", 256)).astype(np.float32))
 
 
 def _read_largest(stored: Stored, state: State, first: int, last: int) -> np.ndarray:
     """Return the largest magnitudes of the blocks from `first` to `last` - 1, float32."""
     absmax = stored.parts["absmax"].read((slice(first, last),))
     size = state.nested_blocksize
-    if not size:
+    if state.nested_code is None:
         return absmax.astype(np.float32)
-    code = read_all(stored.require_shape("nested_quant_map", 256)).astype(np.float32)
     outer = stored.parts["nested_absmax"].read((slice(first // size, ceil_div(last, size)),))
-    return code[absmax] * outer[np.arange(first, last) // size - first // size] + np.float32(state.nested_offset)
+    return state.nested_code[absmax] * outer[np.arange(first, last) // size - first // size] + np.float32(
+        state.nested_offset
+    )
 
 
 def decode_llm_int8(stored: Stored) -> LazyArray:

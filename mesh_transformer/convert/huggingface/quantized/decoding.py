@@ -2,15 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Functions that all decoders share: the stored tensors of a weight, tiles that bound memory, packed integers, scales of blocks."""
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mesh_transformer.checkpoint.zarr_sharding import Slices
 from mesh_transformer.convert.lazy_arrays import Decoded, FileArray, LazyArray, full_index
+from mesh_transformer.convert.slicing import grid_slices
 from mesh_transformer.storage.errors import CheckpointError
 
 TILE = 1 << 18  # values decoded at once: their float32 temporaries stay in a core's cache and out of the memory limit
@@ -45,31 +45,30 @@ def decode_lazily(
     """
 
     def decode_tiles(index: Slices) -> np.ndarray:
-        values = np.empty([part.stop - part.start for part in index], stored.dtype)
-        for tile in _tiles(index, granularity, order or range(len(shape))):
-            inner = (
-                slice(part.start - whole.start, part.stop - whole.start)
+        dims = [part.stop - part.start for part in index]
+        values = np.empty(dims, stored.dtype)
+        for tile in grid_slices(dims, _tile_shape(dims, granularity, order or range(len(dims)))):
+            outer = (
+                slice(whole.start + part.start, whole.start + part.stop)
                 for part, whole in zip(tile, index, strict=True)
             )
-            values[tuple(inner)] = decode(tile)
+            values[tile] = decode(tuple(outer))
         return values
 
     is_local = all(part.is_local for part in stored.parts.values())
     return Decoded(tuple(shape), stored.dtype, tuple(granularity), is_local, decode_tiles)
 
 
-def _tiles(index: Slices, granularity: Sequence[int], order: Sequence[int]) -> Iterator[Slices]:
-    """Yield slices of about TILE values that cover an index, in multiples of the granularity from its start."""
-    cell = [part.stop - part.start for part in index]
+def _tile_shape(dims: Sequence[int], granularity: Sequence[int], order: Sequence[int]) -> list[int]:
+    """Return the shape of tiles of about TILE values for an array, in multiples of the granularity."""
+    tile = list(dims)
     for dim in order:
-        inner = math.prod(cell) // max(cell[dim], 1)
+        inner = math.prod(tile) // max(tile[dim], 1)
         unit = granularity[dim]
-        cell[dim] = min(cell[dim], max(TILE // max(inner, 1) // unit, 1) * unit)
-        if cell[dim] > unit:
+        tile[dim] = min(tile[dim], max(TILE // max(inner, 1) // unit, 1) * unit)
+        if tile[dim] > unit:
             break
-    starts = (range(part.start, part.stop, max(size, 1)) for part, size in zip(index, cell, strict=True))
-    for corner in itertools.product(*starts):
-        yield tuple(slice(low, min(low + size, part.stop)) for low, size, part in zip(corner, cell, index, strict=True))
+    return [max(size, 1) for size in tile]
 
 
 def values_per_period(bits: int) -> int:
@@ -102,6 +101,16 @@ def unpack_words(words: np.ndarray, bits: int, dim: int, order: Sequence[int] | 
             shifted |= periods[at(word + 1)] << np.uint32(WORD - shift)
         values[at(order[i] if order else i)] = shifted & np.uint32((1 << bits) - 1)
     return values.reshape(*before, -1, *after)
+
+
+def pair_table(values: np.ndarray, *, high_first: bool = False) -> np.ndarray:
+    """Return the two float32 values of each byte, joined in one uint64; `values` lists the values of four bits.
+
+    The first of the two is in the low bits of the byte, or with `high_first` in the high bits.
+    """
+    byte = np.arange(256)
+    pair = [values[byte & 15], values[byte >> 4]]
+    return np.stack(pair[::-1] if high_first else pair, axis=-1).view(np.uint64)[:, 0]
 
 
 def read_all(array: FileArray) -> np.ndarray:

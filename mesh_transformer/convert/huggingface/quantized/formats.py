@@ -182,7 +182,9 @@ def _dequantize(
     notes = [f"weights dequantized from {method} to {dtype.name}: {n_weights}; activations are not quantized here"]
     if scales := [name for name in result if name.endswith(ACTIVATIONS)]:
         notes.append(f"scales of activations that are left out: {len(scales)}, such as {scales[0]}")
-    return OpenTensors({name: array for name, array in result.items() if name not in scales}, True, tuple(notes))
+    return OpenTensors(
+        {name: array for name, array in result.items() if not name.endswith(ACTIVATIONS)}, True, tuple(notes)
+    )
 
 
 def _as_stored(weight: LazyArray, config: Mapping[str, Any]) -> LazyArray:

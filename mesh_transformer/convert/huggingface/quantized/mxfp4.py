@@ -5,20 +5,20 @@
 import numpy as np
 
 from mesh_transformer.checkpoint.zarr_sharding import Slices
-from mesh_transformer.convert.huggingface.quantized.decoding import Stored, decode_lazily, to_float
+from mesh_transformer.convert.huggingface.quantized.decoding import (
+    Stored,
+    ceil_div,
+    decode_lazily,
+    pair_table,
+    to_float,
+)
 from mesh_transformer.convert.lazy_arrays import LazyArray
 
 BLOCK = 32  # values per scale
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 
-def pair_table(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Return the two float32 values of each byte, joined in one uint64; `low` and `high` list the values of four bits."""
-    byte = np.arange(256)
-    return np.stack([low[byte & 15], high[byte >> 4]], axis=-1).view(np.uint64)[:, 0]
-
-
-LOW_FIRST = pair_table(E2M1, E2M1)
+PAIRS = pair_table(E2M1)
 
 
 def decode_mxfp4(stored: Stored) -> LazyArray:
@@ -34,8 +34,8 @@ def decode_mxfp4(stored: Stored) -> LazyArray:
 
     def decode(index: Slices) -> np.ndarray:
         experts, inputs, rows = index
-        inner = (experts, rows, slice(inputs.start // BLOCK, -(-inputs.stop // BLOCK)))
-        values = LOW_FIRST.take(blocks.read((*inner, slice(0, BLOCK // 2)))).view(np.float32)
+        inner = (experts, rows, slice(inputs.start // BLOCK, ceil_div(inputs.stop, BLOCK)))
+        values = PAIRS.take(blocks.read((*inner, slice(0, BLOCK // 2)))).view(np.float32)
         values *= to_float(scales.read(inner))[..., None]
         return values.reshape(*values.shape[:2], -1).swapaxes(1, 2)
 

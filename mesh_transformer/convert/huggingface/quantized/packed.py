@@ -51,11 +51,6 @@ def decode_gptq(stored: Stored) -> LazyArray:
     elif n_groups != ceil_div(inputs, size):
         raise ValueError(f"scales of {n_groups} groups, expected {ceil_div(inputs, size)} of {size} inputs")
 
-    def find_groups(rows: slice) -> np.ndarray:
-        if "g_idx" in stored.parts:
-            return check_groups(stored.parts["g_idx"].read((rows,)), n_groups, stored)
-        return np.arange(rows.start, rows.stop) // size
-
     def read_zeros(groups: slice, columns: slice) -> np.ndarray:
         raw = stored.parts["qzeros"].read(
             (groups, slice(columns.start * bits // WORD, ceil_div(columns.stop * bits, WORD)))
@@ -65,7 +60,7 @@ def decode_gptq(stored: Stored) -> LazyArray:
         zeros = unpack_words(raw, bits, 1)
         return (zeros + 1) % (1 << bits) if checkpoint_format == "gptq" and WORD % bits else zeros
 
-    return _decode_grouped(stored, bits, find_groups, read_zeros, packed_dim=0)
+    return _decode_grouped(stored, bits, size, read_zeros, packed_dim=0)
 
 
 def decode_awq(stored: Stored) -> LazyArray:
@@ -82,14 +77,11 @@ def decode_awq(stored: Stored) -> LazyArray:
     stored.require_shape("scales", ceil_div(inputs, size), outputs)
     stored.require_shape("qzeros", ceil_div(inputs, size), words)
 
-    def find_groups(rows: slice) -> np.ndarray:
-        return np.arange(rows.start, rows.stop) // size
-
     def read_zeros(groups: slice, columns: slice) -> np.ndarray:
         raw = stored.parts["qzeros"].read((groups, slice(columns.start * bits // WORD, columns.stop * bits // WORD)))
         return unpack_words(raw, bits, 1, AWQ_ORDER)
 
-    return _decode_grouped(stored, bits, find_groups, read_zeros, packed_dim=1)
+    return _decode_grouped(stored, bits, size, read_zeros, packed_dim=1)
 
 
 def _gptq_bits(stored: Stored, outputs: int) -> int:
@@ -114,11 +106,14 @@ def _group_size(stored: Stored, inputs: int) -> int:
 def _decode_grouped(
     stored: Stored,
     bits: int,
-    find_groups: Callable[[slice], np.ndarray],
+    size: int,
     read_zeros: Callable[[slice, slice], np.ndarray],
     packed_dim: int,
 ) -> LazyArray:
-    """Return the transpose of a weight [inputs, outputs], whose integers are packed along one of its dimensions."""
+    """Return the transpose of a weight [inputs, outputs], whose integers are packed along one of its dimensions.
+
+    `size` is the number of consecutive inputs of a group; g_idx, where a weight has it, names the group of each input instead.
+    """
     qweight, scales = stored.parts["qweight"], stored.parts["scales"]
     period = values_per_period(bits)
     shape = list(qweight.shape)
@@ -129,7 +124,10 @@ def _decode_grouped(
         inner = [rows, columns]
         inner[packed_dim] = slice(inner[packed_dim].start * bits // WORD, inner[packed_dim].stop * bits // WORD)
         values = unpack_words(qweight.read(tuple(inner)), bits, packed_dim, AWQ_ORDER if packed_dim else None)
-        groups = find_groups(rows)
+        if "g_idx" in stored.parts:
+            groups = check_groups(stored.parts["g_idx"].read((rows,)), scales.shape[0], stored)
+        else:
+            groups = np.arange(rows.start, rows.stop) // size
         first, last = int(groups.min()), int(groups.max()) + 1
         n = columns.stop - columns.start
         values -= read_zeros(slice(first, last), columns)[:, :n][groups - first]
