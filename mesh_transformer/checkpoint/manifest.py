@@ -205,10 +205,11 @@ def _add_digest(lines: bytes) -> bytes:
 def _read_small(path: AnyPath) -> bytes:
     try:
         return read_small(path, MAX_MANIFEST_BYTES)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing, so the checkpoint is incomplete; use another step") from None
     except OSError as error:
         raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror or error}); if it is missing, the checkpoint is incomplete: use another "
-            "step; otherwise correct its permissions or the disk"
+            f"{path}: cannot be read ({error.strerror or error}); correct its permissions or the disk"
         ) from None
 
 

@@ -277,7 +277,7 @@ def test_plan_of_6b_parameters_reads_no_weights(tmp_path):
     kind, table = find_family(config)
     weights = flatten_names(describe_params(config))
     arrays = {f"params/{name}": Unread(info.shape, np.dtype("float16")) for name, info in weights.items()}
-    tensors = pack_tensors(CONFIG, arrays, FAMILIES[kind])
+    tensors = pack_tensors(config, arrays, FAMILIES[kind])
     folder = tmp_path / "gptj"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(table))
