@@ -49,15 +49,16 @@ def main(arguments: list[str]) -> int:
     from mesh_transformer.sample.repl import Repl
     from mesh_transformer.sample.text_generation import complete_texts
 
-    engine, _, config, step, where, defaults = load_model(options.run, overrides)
+    model = load_model(options.run, overrides)
+    config, defaults = model.config, model.defaults
     for line in defaults.describe():
         print(line, file=sys.stderr)
     if options.prompt is None:
-        print(f"{where}: step {step}", file=sys.stderr)
-        Repl(engine, defaults, config.sample, seed=options.seed, stops=options.stop).run()
+        print(f"{model.where}: step {model.step}", file=sys.stderr)
+        Repl(model.engine, defaults, config.sample, seed=options.seed, stops=options.stop).run()
         return 0
     completions = complete_texts(
-        engine, defaults, options.prompt, config.sample, n=options.n, seed=options.seed, stops=options.stop
+        model.engine, defaults, options.prompt, config.sample, n=options.n, seed=options.seed, stops=options.stop
     )
     for number, completion in enumerate(completions):
         n_tokens = len(completion.tokens)
