@@ -310,6 +310,7 @@ COVERED_BY = {
     "config/test_loading.py": (
         "config.evaluation",
         "config.latent_attention",
+        "config.layers",
         "config.model",
         "config.moe",
         "config.schema",

@@ -189,6 +189,7 @@ FAMILIES = {
         positions="falcon-alibi", n_kv_heads=4, embedding_norm=True, clip_qkv=0.8, norm_bias=False
     ),
     "position offset": dict(position_offset=3, clip_qkv=0.8),
+    "opt-350m": dict(residual="post-norm", d_token_embedding=8),
 }
 
 
@@ -247,6 +248,7 @@ def one_device():
         ((2, 2, 2), "olmo2", {}),
         ((2, 2, 2), "falcon-alibi, embedding norm, clip", {"activation_seq": "tensor"}),
         ((1, 4, 2), "position offset", {}),
+        ((2, 2, 2), "opt-350m", {}),
         ((1, 2, 4), "t5, tied", {"activation_seq": "tensor", "vocab": ""}),
         ((2, 1, 4), "rotary, grouped", {"kv_heads": "", "embed": ""}),
     ],

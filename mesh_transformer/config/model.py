@@ -3,21 +3,18 @@
 """Schema of the `[model]` section: architecture of a decoder-only, encoder-decoder or encoder-only transformer."""
 
 import dataclasses
-import functools
 import json
 import math
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from pydantic.dataclasses import dataclass
 
 from mesh_transformer.config.field_types import STRICT, FractionBelowOne, Resume
 from mesh_transformer.config.latent_attention import LatentAttentionConfig
+from mesh_transformer.config.layers import LayerKind, LayerStack, shortest_pattern, split_into_stacks
 from mesh_transformer.config.moe import ExpertsConfig
 from mesh_transformer.config.rope import RopeScalingConfig
-
-Kind = TypeVar("Kind")
 
 # Fields that only encoder-only models (causal=false) may set.
 ENCODER_ONLY_FIELDS = (
@@ -29,23 +26,6 @@ ENCODER_ONLY_FIELDS = (
     "pooler",
     "n_labels",
 )
-
-
-class LayerKind(NamedTuple):
-    """Properties in which the layers of one model may differ."""
-
-    local: bool  # attention is limited to attention_window
-    has_experts: bool
-    rotates: bool  # queries and keys are rotated; without effect unless `positions` is a rotary embedding
-
-
-class LayerStack(NamedTuple):
-    """Consecutive layers that repeat a pattern of layer kinds and run as one scan."""
-
-    name: str  # of the Haiku module
-    first: int  # index of the first layer
-    pattern: tuple[LayerKind, ...]
-    n_repeats: int
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -132,6 +112,9 @@ class ModelConfig:
     n_token_types: PositiveInt | None = None  # rows of the token type embeddings (BERT); None: no token types
     # size of the embeddings before a projection to d_model (ALBERT); None: d_model
     d_embedding: PositiveInt | None = None
+    # size of the token embeddings: one matrix projects them to d_model before positions are added, another the hidden states
+    # to it before the head (OPT 350M); None: d_model
+    d_token_embedding: PositiveInt | None = None
     # lm: logits from the hidden states; masked-lm: after a linear layer, activation and norm (BERT); none: no logits
     head: Literal["lm", "masked-lm", "none"] = "lm"
     pooler: bool = False  # a linear layer with tanh on the first token's hidden state (BERT)
@@ -181,6 +164,11 @@ class ModelConfig:
             self._check_encoder(self.n_encoder_layers)
         self._check_positions()
         self._check_encoder_only()
+        if self.d_token_embedding is not None and (self.n_encoder_layers is not None or self.head != "lm"):
+            raise ValueError(
+                f'd_token_embedding={self.d_token_embedding} requires head="lm", not "{self.head}", and no n_encoder_layers; '
+                "remove d_token_embedding"
+            )
         return self
 
     def _check_positions(self) -> None:
@@ -377,7 +365,7 @@ class ModelConfig:
     def layer_stacks(self) -> tuple[LayerStack, ...]:
         """The layer scans: "layers", preceded by "first_layers" if the layers are not a whole number of periods."""
         if self.n_layers % self._period or (self.experts is not None and self.experts.dense_layers):
-            return _split_into_stacks(self.layer_kinds)
+            return split_into_stacks(self.layer_kinds)
         pattern = tuple(self._kind_of_layer(i) for i in range(self._period))
         return (LayerStack("layers", 0, pattern, self.n_layers // self._period),)
 
@@ -396,6 +384,11 @@ class ModelConfig:
     def embedding_dim(self) -> int:
         """Size of the embeddings: `d_embedding`, or its default."""
         return self.d_embedding or self.d_model
+
+    @property
+    def token_embedding_dim(self) -> int:
+        """Size of the token embeddings and of what the head reads: `d_token_embedding`, or `embedding_dim`."""
+        return self.d_token_embedding or self.embedding_dim
 
     @property
     def head_dim(self) -> int:
@@ -469,32 +462,3 @@ class ModelConfig:
         dense = [i for i, kind in enumerate(self.layer_kinds) if not kind.has_experts]
         resolved = dict(d_ff=self.expert_ff_dim, shared_d_ff=shared, dense_layers=dense, layer_interval=None)
         return experts.effective_fields() | resolved
-
-
-def shortest_pattern(kinds: Sequence[Kind]) -> tuple[Kind, ...]:
-    """Return the shortest pattern whose repetition begins with `kinds`, one element per layer."""
-    lengths = range(1, len(kinds) + 1)
-    return next(tuple(kinds[:n]) for n in lengths if all(kinds[i] == kinds[i % n] for i in range(len(kinds))))
-
-
-def dividing_period(kinds: Sequence[Any]) -> int:
-    """Return the length of the shortest pattern that repeats a whole number of times in `kinds`; 0 for empty `kinds`."""
-    items = list(kinds)
-    lengths = (n for n in range(1, len(items) + 1) if len(items) % n == 0)
-    return next((n for n in lengths if items[:n] * (len(items) // n) == items), 0)
-
-
-@functools.cache
-def _split_into_stacks(kinds: tuple[LayerKind, ...]) -> tuple[LayerStack, ...]:
-    """Divide layers into one or two stacks so that the fewest layers are compiled: one period of each stack."""
-
-    def n_compiled(n_first: int) -> int:
-        return dividing_period(kinds[:n_first]) + dividing_period(kinds[n_first:])
-
-    n_first = min(range(len(kinds)), key=n_compiled)
-    parts = (("first_layers", 0, kinds[:n_first]), ("layers", n_first, kinds[n_first:]))
-    return tuple(
-        LayerStack(name, first, part[: dividing_period(part)], len(part) // dividing_period(part))
-        for name, first, part in parts
-        if part
-    )

@@ -193,6 +193,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "falcon-rw-1b": with_sizes(FALCON_RW, 24, 2048, 32, n_vocab=50304),
     "falcon-rw-7b": with_sizes(FALCON_RW, 36, 4096, 64, n_vocab=65024),
     "opt-125m": with_sizes(OPT, 12, 768, 12),
+    "opt-350m": with_sizes(OPT, 24, 1024, 16, residual="post-norm", d_token_embedding=512),
     "opt-1.3b": with_sizes(OPT, 24, 2048, 32),
     "opt-2.7b": with_sizes(OPT, 32, 2560, 32),
     "opt-6.7b": with_sizes(OPT, 32, 4096, 32),

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.config.model import LayerStack
+from mesh_transformer.config.layers import LayerStack
 from mesh_transformer.convert import library_logits
 from mesh_transformer.convert.gptj.reader import open_raw_weights
 from mesh_transformer.convert.gptj.reference import run_mtj
@@ -46,8 +46,10 @@ TOLERANCE = (
     1e-4  # as a fraction of the largest logit: float32 rounding in another order of operations, after tens of layers
 )
 # Parameters outside the layers, except the matrices that are read a few rows at a time.
-EMBEDDING = tuple(f"transformer/{name}" for name in ("w_token_types", "norm_embedding/", "w_embedding", "b_embedding"))
-OUTSIDE = tuple(f"transformer/{name}/" for name in ("norm_out", "relative_bias", "masked_lm_head"))
+EMBEDDING = tuple(
+    f"transformer/{name}" for name in ("w_token_types", "norm_embedding/", "w_project_in", "w_embedding", "b_embedding")
+)
+OUTSIDE = tuple(f"transformer/{name}" for name in ("norm_out/", "relative_bias/", "masked_lm_head/", "w_project_out"))
 PERIOD_OVERHEAD = 2  # memory to run a period of layers, as a multiple of its weights as read and in float32
 
 

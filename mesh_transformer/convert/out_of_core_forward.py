@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.config.model import LayerKind, LayerStack
+from mesh_transformer.config.layers import LayerKind, LayerStack
 from mesh_transformer.config.moe import ExpertsConfig
 from mesh_transformer.convert.huggingface.reference import BLOCK_BYTES
 from mesh_transformer.convert.lazy_arrays import Index, LazyArray, full_index

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mesh_transformer.config import ConfigError, ModelConfig
-from mesh_transformer.config.model import LayerKind, LayerStack
+from mesh_transformer.config.layers import LayerKind, LayerStack
 from mesh_transformer.mesh import constrain, target_platform
 from mesh_transformer.model.attention.kernels import choose_kernel
 from mesh_transformer.model.attention.kv_cache import KVCache
@@ -247,7 +247,7 @@ class Transformer(hk.Module):
         """Return the residual stream before the first layer. Token types are 0 unless they are given."""
         c = self.config
         inits = make_inits(c)
-        w_tokens = param("w_tokens", inits.embedding, vocab=c.n_vocab, embed=c.embedding_dim)
+        w_tokens = param("w_tokens", inits.embedding, vocab=c.n_vocab, embed=c.token_embedding_dim)
         x = embed_tokens(w_tokens, tokens, c.dtype)
         learned = None
         if c.positions == "learned":
@@ -261,12 +261,18 @@ class Transformer(hk.Module):
     @hk.experimental.name_like("__call__")
     def combine_embeddings(
         self,
-        tokens: Float[Array, "B T E"],
+        tokens: Float[Array, "B T F"],
         positions: Float[Array, "*B T E"] | None,
         token_types: Int[Array, "B T"] | None,
     ) -> Float[Array, "B T D"]:
-        """Return the residual stream before the first layer, given the embeddings of tokens and learned positions."""
+        """Return the residual stream before the first layer, given the embeddings of tokens and learned positions.
+
+        F is `token_embedding_dim` of the config and E is `embedding_dim`; F = E unless `d_token_embedding` is set.
+        """
         c = self.config
+        if c.d_token_embedding is not None:
+            w = param("w_project_in", make_inits(c).input, embedding=c.d_token_embedding, embed=c.d_model)
+            tokens = linear(tokens, w)
         x = input_embeddings(tokens, positions, c)
         if c.n_token_types is not None:
             w = param("w_token_types", make_inits(c).embedding, token_type=c.n_token_types, embed=c.embedding_dim)
@@ -293,6 +299,9 @@ class Transformer(hk.Module):
         x = self.final_norm(x)
         if self.config.head == "masked-lm":
             x = MaskedLMTransform(self.config, make_inits(self.config))(x)
+        if (size := self.config.d_token_embedding) is not None:
+            inits = make_inits(self.config)
+            x = linear(x, param("w_project_out", inits.input, embed=self.config.d_model, embedding=size))
         return scale_hidden_states(x, self.config)
 
     @hk.experimental.name_like("__call__")
@@ -404,9 +413,9 @@ class Transformer(hk.Module):
         c = self.config
         inits = make_inits(c)
         if c.tied_embeddings:
-            w = param("w_tokens", inits.embedding, vocab=c.n_vocab, embed=c.embedding_dim)
+            w = param("w_tokens", inits.embedding, vocab=c.n_vocab, embed=c.token_embedding_dim)
         else:
-            w = param("w_head", inits.input, embed=c.d_model, vocab=c.n_vocab)
+            w = param("w_head", inits.input, embed=c.token_embedding_dim, vocab=c.n_vocab)
         b = param("b_head", hk.initializers.Constant(0.0), vocab=c.n_vocab) if c.head_bias else None
         return LMHead(w, b)
 

@@ -165,8 +165,9 @@ def _largest_logits(module: HloModule, job: CompileJob, layout: MeshLayout) -> i
     """Return the bytes of the largest array with a vocabulary dimension that is not a weight."""
     model = job.config.model
     vocab = layout.sharding(("vocab",), (model.n_vocab,), "vocab").shard_shape((model.n_vocab,))[0]
-    embed = layout.sharding(("embed",), (model.d_model,), "embed").shard_shape((model.d_model,))[0]
-    weights = {(a, b) for a in (vocab, model.n_vocab) for b in (embed, model.d_model)}
+    size = model.token_embedding_dim
+    embed = layout.sharding(("embed",), (size,), "embed").shard_shape((size,))[0]
+    weights = {(a, b) for a in (vocab, model.n_vocab) for b in (embed, size)}
     weights |= {(b, a) for a, b in weights}
     largest = 0
     for name, instructions in module.computations.items():

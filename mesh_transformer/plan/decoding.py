@@ -156,7 +156,7 @@ def _experts_per_token(model: ModelConfig) -> float:
 
 def _matmul_flops(params: Mapping[str, ParamInfo], model: ModelConfig) -> float:
     """Return the FLOPs of the matmuls with `params` for one token; the embedding look-up needs no FLOPs."""
-    embedding = model.n_vocab * model.d_model * (not model.tied_embeddings)
+    embedding = model.n_vocab * model.token_embedding_dim * (not model.tied_embeddings)
     return 2.0 * (count_active(params, _experts_per_token(model), model) - embedding)
 
 

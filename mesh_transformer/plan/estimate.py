@@ -107,7 +107,7 @@ def estimate_training(config: Config, topology_name: str, params: dict[str, Para
     activations = model.n_layers * step.tokens / mesh.num_shards("sequence") * _activation_bytes(step)
     chunk_tokens = sequences * config.target_len / mesh.num_shards("sequence") / train.loss_chunks
     logits = chunk_tokens * model.n_vocab / mesh.num_shards("vocab")
-    head_gradient = 4 * model.embedding_dim * model.n_vocab / mesh.num_shards("vocab")
+    head_gradient = 4 * model.token_embedding_dim * model.n_vocab / mesh.num_shards("vocab")
     working_set = max(LOGIT_BYTES * logits + head_gradient, _layer_bytes(step, sequences * model.seq_len))
     gradient_bytes = parameter_bytes * (2 if train.grad_accum_steps > 1 else 1)
     n_params = sum(math.prod(info.shape) for info in params.values())

@@ -58,6 +58,7 @@ PUBLISHED = {
     "falcon-rw-1b": 1_311_625_216,
     "falcon-rw-7b": 7_516_020_736,
     "opt-125m": 125_239_296,
+    "opt-350m": 331_196_416,
     "opt-1.3b": 1_315_758_080,
     "opt-2.7b": 2_651_596_800,
     "opt-6.7b": 6_658_473_984,
@@ -203,6 +204,7 @@ PUBLISHED_SHAPES = {
     "falcon-rw-1b": (24, 2048, 32, 64),
     "falcon-rw-7b": (36, 4096, 64, 64),
     "opt-125m": (12, 768, 12, 64),
+    "opt-350m": (24, 1024, 16, 64),
     "opt-1.3b": (24, 2048, 32, 64),
     "opt-2.7b": (32, 2560, 32, 80),
     "opt-6.7b": (32, 4096, 32, 128),
@@ -297,6 +299,8 @@ def closed_formula(name: str, c: ModelConfig) -> int:
         biases = 5 * d + f if c.ff_bias else 0
         head = 0 if c.tied_embeddings else v * d
         return v * d + head + layers * (attention + 2 * d * f + 2 * n_norms * d + biases) + 2 * d
+    if name == "opt-350m":  # smaller token embeddings, and no final norm
+        return v * 512 + 2 * 512 * d + (t + 2) * d + layers * (12 * d * d + 13 * d)
     if name.startswith("opt"):  # two rows of the position table are not used
         return v * d + (t + 2) * d + layers * (12 * d * d + 13 * d) + 2 * d
     if name.startswith("bloom"):  # a norm of the embeddings
@@ -442,6 +446,7 @@ CHOICES = {
     "falcon-7b": dict(residual="parallel", kv_heads=1, positions="rope-half", activation="gelu-erf", ff_bias=False),
     "falcon-40b": dict(residual="parallel-two-norms", kv_heads=8, n_vocab=65024),
     "falcon-rw-1b": dict(residual="serial", kv_heads=32, positions="falcon-alibi", qkv_bias=True, n_vocab=50304),
+    "opt-350m": dict(activation="relu", residual="post-norm", d_token_embedding=512),
     "opt-1.3b": dict(activation="relu", position_offset=2, seq_len=2048, residual="serial"),
     "bloom-176b": dict(positions="alibi", embedding_norm=True, activation="gelu-tanh", n_vocab=250_880),
     "mpt-7b": dict(positions="alibi", norm_bias=False, qkv_bias=False, ff_bias=False, activation="gelu-erf"),

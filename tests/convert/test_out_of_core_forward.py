@@ -42,6 +42,7 @@ MODELS = {
     "alibi": ModelConfig(**SMALL, positions="alibi", norm="scalenorm", activation="relu"),
     "falcon-alibi": ModelConfig(**SMALL, positions="falcon-alibi", embedding_norm=True, clip_qkv=0.7),
     "position-offset": ModelConfig(**SMALL, position_offset=3),
+    "post-norm": ModelConfig(**SMALL, residual="post-norm", d_token_embedding=12),
     "rope-interleaved": ModelConfig(
         **SMALL, positions="rope-interleaved", d_head=8, rope_dims=4, gated_ffn=True, tied_embeddings=False
     ),

@@ -178,6 +178,7 @@ def test_context_parallelism_needs_the_dense_kernel():
         (dict(pooler=False), "n_labels=3 requires pooler=true"),
         (dict(tied_embeddings=False), 'head="masked-lm" requires tied_embeddings=true'),
         (dict(d_embedding=16, head="lm"), 'd_embedding=16 requires head="masked-lm" or "none", not "lm"'),
+        (dict(d_token_embedding=16), 'd_token_embedding=16 requires head="lm"'),
         (dict(position_padding_token=0), 'position_padding_token=0 requires positions="learned" and position_offset=1'),
         (
             dict(shared_layers=True, experts=ExpertsConfig(n_experts=2)),

@@ -8,7 +8,7 @@ from typing import Any
 
 from mesh_transformer.checkpoint.manifest import CheckpointError
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.config.model import dividing_period
+from mesh_transformer.config.layers import dividing_period
 from mesh_transformer.convert.huggingface.hf_config import HFConfig
 from mesh_transformer.convert.huggingface.rope_map import read_rope, write_rope, write_scaling
 

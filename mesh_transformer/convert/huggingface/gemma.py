@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.config.model import shortest_pattern
+from mesh_transformer.config.layers import shortest_pattern
 from mesh_transformer.convert.huggingface import gemma2
 from mesh_transformer.convert.huggingface.config_map import (
     ACTIVATIONS,

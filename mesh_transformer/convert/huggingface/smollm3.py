@@ -5,7 +5,7 @@
 from typing import Any
 
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.config.model import shortest_pattern
+from mesh_transformer.config.layers import shortest_pattern
 from mesh_transformer.convert.huggingface.config_map import read_layer_types, read_llama, write_layer_types, write_llama
 from mesh_transformer.convert.huggingface.hf_config import HFConfig
 from mesh_transformer.storage.errors import CheckpointError

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mesh_transformer.config import ModelConfig
-from mesh_transformer.config.model import LayerKind
+from mesh_transformer.config.layers import LayerKind
 from mesh_transformer.model.attention.dense import dense_attention
 from mesh_transformer.model.attention.kernels import dispatch_attention
 from mesh_transformer.model.attention.kv_cache import KVCache, read_kv, write_kv

@@ -41,6 +41,16 @@ CASES = {
         SMALL | dict(ffn_dim=80, max_position_embeddings=64, word_embed_proj_dim=48),
         dict(position_offset=0, seq_len=66),
     ),
+    "opt-350m": (
+        "opt",
+        SMALL | dict(ffn_dim=80, max_position_embeddings=64, word_embed_proj_dim=24, do_layer_norm_before=False),
+        dict(position_offset=0, seq_len=66),
+    ),
+    "opt-projected-untied": (
+        "opt",
+        SMALL | dict(ffn_dim=80, max_position_embeddings=64, word_embed_proj_dim=24, tie_word_embeddings=False),
+        {},
+    ),
     "opt-without-biases": (
         "opt",
         SMALL | dict(ffn_dim=80, max_position_embeddings=64, enable_bias=False, activation_function="gelu"),
@@ -133,8 +143,7 @@ def test_umt5_is_refused(tmp_path):
 
 
 REFUSED = [
-    ("opt", "do_layer_norm_before", False, "do_layer_norm_before = false is not supported"),
-    ("opt", "word_embed_proj_dim", 24, "word_embed_proj_dim = 24 is not supported; supported: 48"),
+    ("opt", "layer_norm_elementwise_affine", False, "layer_norm_elementwise_affine = false is not supported"),
     ("bloom", "apply_residual_connection_post_layernorm", True, "apply_residual_connection_post_layernorm = true"),
     ("mpt", "logit_scale", "inv_sqrt_d_model", 'logit_scale = "inv_sqrt_d_model" is not supported'),
     ("mpt", "attn_config", {"qk_ln": True}, "attn_config.qk_ln = true is not supported; supported: false"),
