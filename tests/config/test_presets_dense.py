@@ -51,6 +51,8 @@ PUBLISHED = {
     "gemma3-27b": 27_009_346_304,
     "phi3-mini": 3_821_079_552,
     "phi3-medium": 13_960_238_080,
+    "phi3.5-mini": 3_821_079_552,
+    "phi4-mini": 3_836_021_760,
     "phi4": 14_659_507_200,
     "olmo-1b": 1_176_764_416,
     "olmo-7b": 6_888_095_744,
@@ -127,6 +129,8 @@ CHOICES = {
     "gemma3-1b": dict(
         qk_norm="gemma-rmsnorm", rope_local_theta=1e4, rope_theta=1e6, attention_window=512, rope_scaling=None
     ),
+    "phi3.5-mini": dict(rope_dim=96, kv_heads=32, tied_embeddings=False, seq_len=131_072),
+    "phi4-mini": dict(rope_dim=96, head_dim=128, kv_heads=8, tied_embeddings=True, n_vocab=200_064),
     "phi4": dict(attention_pattern=("global",), rope_theta=250_000.0),
     "olmo-7b": dict(norm="nonparametric-layernorm"),
     "olmo2-7b": dict(residual="reordered-norm", qk_norm="rmsnorm-all-heads"),
