@@ -15,12 +15,14 @@ from typing import Protocol
 import ml_dtypes
 import numpy as np
 
-from mesh_transformer.checkpoint.zarr_sharding import Slices
+from mesh_transformer.checkpoint.zarr_sharding import Slices, grid_cells
 from mesh_transformer.storage.errors import CheckpointError
 from mesh_transformer.storage.paths import AnyPath, map_bytes, read_into
 
 FLOAT32 = np.dtype(np.float32)
-COPY_TILE = 16  # slices along the last dimension that `to_c_order` copies at once
+COPY_ROWS, COPY_ROW_BYTES = 128, 1024  # of a tile of a transposed array, which fits in a core's cache
+MIN_TRANSPOSED = 1 << 13  # values of a matrix, below which tiles cost more than they save
+COPY_PADDING = 32  # values between the columns of a tile, so that they are not in the same cache set
 MAX_MAPPED_BYTES = 1 << 23  # mapped at a time if only some columns of a file's rows are needed
 
 
@@ -186,7 +188,7 @@ class Stack(_Elementwise):
             return arrays[0].read(index[1:])[None].astype(self.dtype, copy=False)
         values = np.empty((len(arrays), *(part.stop - part.start for part in index[1:])), self.dtype)
         for i, array in enumerate(arrays):
-            values[i] = array.read(index[1:])
+            copy_values(values[i], array.read(index[1:]).astype(self.dtype, copy=False))
         return values
 
 
@@ -282,19 +284,45 @@ class Decoded:
 
 
 def to_c_order(values: np.ndarray) -> np.ndarray:
-    """Return the values in C order.
-
-    A transposed array is copied COPY_TILE slices of its last dimension at a time. This is three times as fast as a
-    single copy, which uses only one value of each cache line that it loads.
-    """
+    """Return the values in C order."""
     if values.flags.c_contiguous:  # also scalars, to which ascontiguousarray would add a dimension
         return values
-    if values.ndim < 2 or values.strides[-1] == values.itemsize:
-        return np.ascontiguousarray(values)
     packed = np.empty(values.shape, values.dtype)
-    for first in range(0, values.shape[-1], COPY_TILE):
-        packed[..., first : first + COPY_TILE] = values[..., first : first + COPY_TILE]
+    copy_values(packed, values)
     return packed
+
+
+def copy_values(target: np.ndarray, source: np.ndarray) -> None:
+    """Copy an array with any strides to an array of the same shape and dtype in C order.
+
+    A transposed array is copied through tiles in the cache. This is two to five times as fast as a single copy, which
+    uses only one value of each cache line that it loads.
+    """
+    shape: list[int] = []  # without dimensions of size 1, neighbors joined where the source allows it
+    outer_stride = 0
+    for dim, stride in zip(source.shape, source.strides, strict=True):
+        if shape and outer_stride == dim * stride:
+            shape[-1] *= dim
+        elif dim != 1:
+            shape.append(dim)
+        outer_stride = stride if dim != 1 else outer_stride
+    source, target = source.reshape(shape), target.reshape(shape)
+    columns = COPY_ROW_BYTES // source.itemsize
+    fastest = min(range(len(shape) - 1), key=source.strides.__getitem__, default=0)
+    if len(shape) < 2 or source.strides[-1] == source.itemsize or shape[fastest] * shape[-1] < MIN_TRANSPOSED:
+        target[...] = source
+        return
+    raw = np.dtype(f"u{source.itemsize}")
+    order = [*(dim for dim in range(len(shape) - 1) if dim != fastest), fastest, len(shape) - 1]
+    source, target = (array.view(raw).transpose(order) for array in (source, target))
+    tile = np.empty((columns, COPY_ROWS + COPY_PADDING), raw)
+    whole = (slice(0, shape[fastest]), slice(0, shape[-1]))
+    for matrix in np.ndindex(*source.shape[:-2]):
+        for _, index in grid_cells(whole, (COPY_ROWS, columns)):
+            part = source[matrix][index].T
+            block = tile[: part.shape[0], : part.shape[1]]
+            block[...] = part
+            target[matrix][index] = block.T
 
 
 def cast_values(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
