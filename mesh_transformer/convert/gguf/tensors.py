@@ -5,7 +5,6 @@
 Also the functions that undo the changes of llama.cpp's converter to tensors, and `to_pairs`, which makes one of these changes.
 """
 
-import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -25,6 +24,7 @@ QUANTIZED = tuple(
     GGMLQuantizationType[name]
     for name in ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "MXFP4")
 )
+TILE = 1 << 17  # values that `dequantize` gets at once: its temporaries stay in a core's cache and out of the memory limit
 
 
 def open_tensors(infos: Mapping[str, TensorInfo], where: object) -> dict[str, LazyArray]:
@@ -62,10 +62,13 @@ def dequantize_rows(rows: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
     shape = (*rows.shape[:-1], rows.shape[-1] // block_bytes * block)
     if not rows.size:  # `dequantize` cannot reshape an empty array
         return np.empty(shape, np.float32)
-    # `dequantize` works on 16 rows at a time; rows of up to 64 blocks keep this efficient for slices of any width
-    n_blocks = math.prod(shape) // block
-    per_row = math.gcd(n_blocks, 64)
-    return dequantize(np.ascontiguousarray(rows).reshape(-1, per_row * block_bytes), kind).reshape(shape)
+    data = np.ascontiguousarray(rows).reshape(-1, block_bytes)
+    values = np.empty((len(data), block), np.float32)
+    step = TILE // block
+    for first in range(0, len(data), step):
+        row = data[first : first + step].reshape(1, -1)
+        values[first : first + step] = dequantize(row, kind).reshape(-1, block)
+    return values.reshape(shape)
 
 
 def undo_rope_order(tensor: LazyArray, n_heads: int) -> LazyArray:
