@@ -24,6 +24,7 @@ COPY_ROWS, COPY_ROW_BYTES = 128, 1024  # of a tile of a transposed array, which 
 MIN_TRANSPOSED = 1 << 13  # values of a matrix, below which tiles cost more than they save
 COPY_PADDING = 32  # values between the columns of a tile, so that they are not in the same cache set
 MAX_MAPPED_BYTES = 1 << 23  # mapped at a time if only some columns of a file's rows are needed
+MIN_REQUEST_BYTES = 1 << 22  # of an object, unless an array is smaller
 
 
 class LazyArray(Protocol):
@@ -110,10 +111,26 @@ class FileArray(_Elementwise):
         step = max(MAX_MAPPED_BYTES // max(row_bytes, 1), 1)
         for start in range(first, last, step) if values.size else ():
             stop = min(start + step, last)
-            raw = map_bytes(self.path, self.offset + start * row_bytes, self.offset + stop * row_bytes)
+            raw = self._read_bytes(start * row_bytes, stop * row_bytes)
             rows = raw.view(self.dtype).reshape(-1, *self.shape[1:])
             values[start - first : stop - first] = rows[(slice(None), *index[1:])]
         return values
+
+    def _read_bytes(self, start: int, stop: int) -> np.ndarray:
+        """Return bytes [start, stop) of the values.
+
+        A small part of an object is taken from blocks that later calls find in a cache. Otherwise each tile of a quantized
+        weight would need its own requests.
+        """
+        if isinstance(self.path, Path) or stop - start >= MIN_REQUEST_BYTES:
+            return map_bytes(self.path, self.offset + start, self.offset + stop)
+        first = start // MIN_REQUEST_BYTES * MIN_REQUEST_BYTES
+        blocks: list[np.ndarray] = []
+        for low in range(first, stop, MIN_REQUEST_BYTES):
+            high = min(low + MIN_REQUEST_BYTES, array_bytes(self))
+            blocks.append(map_bytes(self.path, self.offset + low, self.offset + high))
+        joined = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+        return joined[start - first : stop - first]
 
 
 class InMemory(_Elementwise):

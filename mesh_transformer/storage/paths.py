@@ -22,6 +22,7 @@ import errno
 import functools
 import io
 import logging
+import mmap
 import os
 import re
 import shutil
@@ -46,6 +47,7 @@ FIRST_PAUSE = "200ms"  # TensorStore's pause before the first retry; later pause
 BLOCK_BYTES = 1 << 22  # per read of a whole local file
 OBJECT_BLOCK_BYTES = 1 << 24  # per read of a whole object
 PAGE_BYTES = 1 << 16  # per read of an object that is opened as a file
+CACHED_RANGES = 9  # of objects: three workers, each with the values, scales and zero points of a weight
 CACHED_PAGES = 8  # of an object that is opened as a file
 # Variables that select the server and the credentials; if one of them changes, a new connection is opened.
 ENVIRONMENT_VARIABLES = (
@@ -248,8 +250,13 @@ def map_bytes(path: AnyPath, start: int, stop: int) -> np.ndarray:
         raw = np.frombuffer(_read_cached(path, start, stop), np.uint8)
         nbytes = start + len(raw)
     else:
-        nbytes = path.stat().st_size
-        raw = np.memmap(path, np.uint8, "r", start, (stop - start,)) if nbytes >= stop else np.zeros(0, np.uint8)
+        first = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        with open(path, "rb", buffering=0) as file:
+            nbytes = os.fstat(file.fileno()).st_size
+            if start < stop <= nbytes:
+                mapped = mmap.mmap(file.fileno(), stop - first, access=mmap.ACCESS_READ, offset=first)
+                return np.frombuffer(mapped, np.uint8, offset=start - first)
+        raw = np.zeros(0, np.uint8)
     if nbytes < stop:
         raise ValueError(_truncated(path, nbytes, stop))
     return raw
@@ -270,9 +277,9 @@ def _truncated(path: AnyPath, nbytes: int, stop: int) -> str:
     return f"{path}: truncated: the file has {nbytes:,} bytes, but an array in it ends at byte {stop:,}; copy or download it again"
 
 
-@functools.lru_cache(2)
+@functools.lru_cache(CACHED_RANGES)
 def _read_cached(path: RemotePath, start: int, stop: int) -> bytes:
-    """Read a byte range; cached, because reading an array column by column requests the same range repeatedly."""
+    """Read a byte range; cached, because reading an array in small parts requests the same range repeatedly."""
     return path.read_range(start, stop)
 
 

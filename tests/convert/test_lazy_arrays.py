@@ -20,7 +20,7 @@ from mesh_transformer.convert.lazy_arrays import (
     to_c_order,
 )
 from mesh_transformer.storage.errors import CheckpointError
-from mesh_transformer.storage.paths import parse_path
+from mesh_transformer.storage.paths import RemotePath, parse_path
 
 A, B = np.random.default_rng(0).normal(size=(2, 5, 6)).astype(np.float32)
 CASES: dict[str, tuple[LazyArray, np.ndarray]] = {
@@ -77,11 +77,46 @@ def test_file_arrays(tmp_path):
         FileArray(path, 16, A.shape, A.dtype).read(full_index(array))
 
 
-def test_c_order_of_a_transposed_array():
-    values = np.arange(40 * 50).reshape(40, 50).T
-    packed = to_c_order(values)
-    assert packed.flags.c_contiguous
-    np.testing.assert_array_equal(packed, values)
+def test_an_object_is_requested_in_large_blocks(monkeypatch):
+    """Rows of an array are requested in blocks that stay in the array; a large slice is one request."""
+    values = np.arange(3 * 2**20, dtype=np.float32).reshape(-1, 2**10)  # 12 MiB
+    stored = bytes(8) + values.tobytes() + bytes(8)
+    requests: list[tuple[int, int]] = []
+
+    def read_range(_: RemotePath, start: int, stop: int) -> bytes:
+        requests.append((start, stop))
+        return stored[start:stop]
+
+    monkeypatch.setattr(RemotePath, "read_range", read_range)
+    array = FileArray(parse_path("s3://bucket/large-blocks"), 8, values.shape, values.dtype)
+    for first in range(0, len(values), 96):
+        index = (slice(first, min(first + 96, len(values))), slice(5, 1000))
+        np.testing.assert_array_equal(array.read(index), values[index])
+    assert requests == [(8 + (i << 22), 8 + ((i + 1) << 22)) for i in range(3)]
+    index = (slice(3, 1500), slice(0, 2**10))
+    np.testing.assert_array_equal(array.read(index), values[index])
+    assert requests[3:] == [(8 + 3 * 2**12, 8 + 1500 * 2**12)]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, ml_dtypes.bfloat16, np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("shape", "order"),
+    [
+        ((40, 50), (1, 0)),
+        ((300, 1100), (1, 0)),
+        ((2, 300, 70), (0, 2, 1)),
+        ((9, 150, 130), (2, 0, 1)),
+        ((150, 9, 130), (1, 2, 0)),
+        ((3, 150, 2, 130), (2, 3, 0, 1)),
+    ],
+)
+def test_c_order_of_a_transposed_array(dtype, shape, order):
+    stored = np.random.default_rng(0).integers(0, 256, (*shape, np.dtype(dtype).itemsize), np.uint8).view(dtype)[..., 0]
+    for values in (stored.transpose(order), stored.transpose(order)[1:, ..., :-1], stored[..., None, :].T):
+        packed = to_c_order(values)
+        assert packed.flags.c_contiguous
+        assert (packed.shape, packed.dtype) == (values.shape, values.dtype)
+        assert packed.tobytes() == values.tobytes()
 
 
 def test_arrays_that_do_not_fit_together_are_refused():

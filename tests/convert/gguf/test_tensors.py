@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES, dequantize
 
+from mesh_transformer.convert.gguf import tensors
 from mesh_transformer.convert.gguf.container import TensorInfo
 from mesh_transformer.convert.gguf.tensors import (
     QUANTIZED,
@@ -20,8 +21,9 @@ from mesh_transformer.convert.lazy_arrays import InMemory, full_index
 
 
 @pytest.mark.parametrize("kind", QUANTIZED, ids=lambda kind: kind.name)
-def test_dequantizes_as_gguf(kind, tmp_path):
+def test_dequantizes_as_gguf(kind, tmp_path, monkeypatch):
     block, size = GGML_QUANT_SIZES[kind]
+    monkeypatch.setattr(tensors, "TILE", 5 * block)
     rows = np.random.default_rng(0).integers(0, 60, (12, 2 * size), np.uint8)  # any bytes are valid; small: no NaN
     (tmp_path / "rows").write_bytes(b"head" + rows.tobytes())
     array = open_tensor(TensorInfo(tmp_path / "rows", 4, (3, 4, 2 * block), kind))
