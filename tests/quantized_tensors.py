@@ -228,7 +228,11 @@ def compressed_tensors(tensors: Tensors, table: dict[str, Any], shape: tuple[int
 
 
 def bitsandbytes(tensors: Tensors, table: dict[str, Any], shape: tuple[int, int]) -> Any:
-    """dequantize_4bit and int8_vectorwise_dequant of bitsandbytes."""
+    """dequantize_4bit and int8_vectorwise_dequant of bitsandbytes.
+
+    A 4-bit weight is passed as a single row. With its own rows, the CPU kernel of bitsandbytes 0.50 starts a new block in
+    each row if rows of 16 n values are not whole blocks; quantize_4bit and the other kernels do not.
+    """
     from bitsandbytes import functional
 
     state = {name.removeprefix(".weight."): to_torch(values) for name, values in tensors.items()}
@@ -237,7 +241,9 @@ def bitsandbytes(tensors: Tensors, table: dict[str, Any], shape: tuple[int, int]
     weight = state.pop(".weight")
     import torch
 
-    return functional.dequantize_4bit(weight, functional.QuantState.from_dict(state, torch.device("cpu")))
+    quantized = functional.QuantState.from_dict(state, torch.device("cpu"))
+    quantized.shape = torch.Size((1, math.prod(shape)))
+    return functional.dequantize_4bit(weight, quantized).reshape(shape)
 
 
 def _fp8_case(block: tuple[int, int] | None, **more: Any) -> Case:
@@ -297,6 +303,7 @@ CASES = {
     "float8-blocks": _compressed("float-quantized", make_fp8, {**FLOAT, **BLOCK}, end="_scale", block=(16, 32)),
     "nf4": _bitsandbytes("nf4", nested=False),
     "nf4-nested": _bitsandbytes("nf4", nested=True, shape=(32, 640)),
+    "nf4-rows": _bitsandbytes("nf4", nested=True, shape=(16, 96)),
     "nf4-odd": _bitsandbytes("nf4", nested=False, shape=(15, 50)),
     "fp4": _bitsandbytes("fp4", nested=True),
     "llm-int8": Case({"quant_method": "bitsandbytes", "load_in_8bit": True}, make_llm_int8, bitsandbytes),

@@ -24,7 +24,9 @@ QUANTIZED = tuple(
     GGMLQuantizationType[name]
     for name in ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "MXFP4")
 )
-TILE = 1 << 17  # values that `dequantize` gets at once: its temporaries stay in a core's cache and out of the memory limit
+TILE = (
+    1 << 17
+)  # values that `dequantize` gets at once: its temporaries stay in a core's cache and out of the memory limit
 
 
 def open_tensors(infos: Mapping[str, TensorInfo], where: object) -> dict[str, LazyArray]:

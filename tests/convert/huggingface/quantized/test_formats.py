@@ -90,6 +90,27 @@ def test_goldens_are_those_of_the_library(name):
         np.testing.assert_array_equal(library_values(CASES[name]), golden[name])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("nested", [False, True])
+def test_4bit_blocks_continue_in_the_next_row(nested, tmp_path):
+    """A weight of bitsandbytes whose rows are no multiple of its blocks has the values that were quantized."""
+    require_library(CASES["nf4-rows"])
+    import torch
+    from bitsandbytes import functional
+
+    size = 1.0 + np.arange(16)[:, None] % 4 * 2  # of each row, so that the scale of another block gives other values
+    weight = (np.random.default_rng(0).uniform(0.5, 1, (16, 96)) * size).astype(np.float32)
+    packed, state = functional.quantize_4bit(torch.from_numpy(weight), compress_statistics=nested, quant_type="nf4")
+    tensors = {".weight": packed, **{f".weight.{name}": values for name, values in state.as_dict(packed=True).items()}}
+    case = CASES["nf4-rows"]._replace(
+        make=lambda *_: {name: values.numpy() for name, values in tensors.items()}, options={}
+    )
+    largest = np.abs(weight.reshape(-1, 64)).max(axis=1).repeat(64).reshape(16, 96)
+    error = np.abs(read(open_case(tmp_path / "model", case)) - weight)
+    # half of the largest gap between values of NF4, and half of the largest gap between scales of 8 bits
+    assert (error < 0.16 * largest + (0.01 * largest.max() if nested else 0)).all()
+
+
 # Sizes that are no multiples of the tile, block or group, where the format allows them.
 ODD = {
     "fp8-blocks": (33, 71), "fp8-tensor": (7, 5), "mxfp4": (5, 96), "gptq": (40, 96), "gptq-3-bits": (32, 96), "awq": (8, 96),
