@@ -95,8 +95,8 @@ class FileArray(_Elementwise):
     def read(self, index: Slices) -> np.ndarray:
         """Return the values at `index`. Raise ValueError if the file is too short.
 
-        The file is mapped for this read only, so its pages do not stay in memory. Only the selected rows of an object
-        are downloaded.
+        The file is mapped for this read only, so its pages do not stay in memory. Of an object, the selected rows are
+        downloaded, but at least MIN_REQUEST_BYTES of the array.
         """
         if not self.shape:
             return np.array(map_bytes(self.path, self.offset, self.offset + self.dtype.itemsize).view(self.dtype)[0])
@@ -205,7 +205,7 @@ class Stack(_Elementwise):
             return arrays[0].read(index[1:])[None].astype(self.dtype, copy=False)
         values = np.empty((len(arrays), *(part.stop - part.start for part in index[1:])), self.dtype)
         for i, array in enumerate(arrays):
-            copy_values(values[i], array.read(index[1:]).astype(self.dtype, copy=False))
+            copy_values(values[i, ...], array.read(index[1:]).astype(self.dtype, copy=False))
         return values
 
 

@@ -416,14 +416,16 @@ def test_an_object_that_changes_during_an_upload_is_detected(proxy, url, client,
     assert client.get_object(Bucket=BUCKET, Key=key)["Body"].read() == bytes(range(256))
 
 
-def test_byte_ranges_of_objects(proxy, url, client):
+def test_byte_ranges_of_objects(proxy, url, client, monkeypatch):
+    monkeypatch.setattr("mesh_transformer.convert.lazy_arrays.MIN_REQUEST_BYTES", 8 * 48 * 4)
     values = np.arange(64 * 48, dtype=np.float32).reshape(64, 48)
     remote = parse_path(url) / "file"
     client.put_object(Bucket=BUCKET, Key=path_of(url, "file"), Body=b"header--" + values.tobytes() + b"end")
     array = FileArray(remote, 8, values.shape, values.dtype)
     index = (slice(60, 64), slice(5, 7))
     np.testing.assert_array_equal(array.read(index), values[index])
-    assert sum(entry[3] for entry in proxy.log) == 4 * 48 * 4
+    np.testing.assert_array_equal(array.read((slice(56, 57), slice(0, 48))), values[56:57])
+    assert sum(entry[3] for entry in proxy.log) == 8 * 48 * 4  # rows 56 to 63, once
     with remote.open() as file:
         assert (file.read(6), file.seek(-3, os.SEEK_END), file.read()) == (b"header", 8 + values.nbytes, b"end")
     with pytest.raises(ValueError, match=f"{url}/file: truncated"):

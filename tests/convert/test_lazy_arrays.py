@@ -27,6 +27,7 @@ CASES: dict[str, tuple[LazyArray, np.ndarray]] = {
     "concat": (Concat([InMemory(A), InMemory(B)], 1), np.concatenate([A, B], axis=1)),
     "stack": (Stack([InMemory(A), InMemory(B)]), np.stack([A, B])),
     "mixed types": (Stack([InMemory(A), InMemory(B.astype(np.float16))]), np.stack([A, B.astype(np.float16)])),
+    "stacked scalars": (Stack([Index(InMemory(A[0]), i) for i in range(6)]), A[0]),
     "sum": (Sum([InMemory(A), InMemory(B)]), A + B),
     "mean": (Sum([InMemory(A), InMemory(A), InMemory(A)], mean=True), A),
     "bias": (AddBias(InMemory(A), InMemory(B[0])), A + B[0]),
