@@ -3,15 +3,18 @@
 """Test setup: eight CPU devices, shape annotations checked at each call, implicit rank promotion is an error."""
 
 import atexit
+import contextlib
 import importlib.metadata
 import importlib.util
+import io
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiled programs are shared by all tests and their subprocesses; set before test workers and subprocesses inherit it.
@@ -31,7 +34,7 @@ os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 import jax
 import pytest
 from jaxtyping import install_import_hook
-from slow_tier import is_slow
+from tiers import is_nightly, is_slow
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -45,6 +48,28 @@ install_import_hook(
     ],
     "beartype.beartype",
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def library_in_this_process():
+    """Run transformers in the test's process when a conversion is verified, which saves the imports of a new process.
+
+    Programs that tests start, and tests/convert/test_conversion.py, run it as users do.
+    """
+    from mesh_transformer.convert import library_logits
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            try:
+                library_logits.main(*command[3:])
+            except Exception as error:
+                return subprocess.CompletedProcess(command, 1, "", f"{type(error).__name__}: {error}")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library_logits, "subprocess", SimpleNamespace(run=run))
+        yield
 
 
 SLOWEST_FILES = (
@@ -62,10 +87,12 @@ SLOWEST_FILES = (
 
 @pytest.hookimpl(tryfirst=True)  # before the marker expression of -m selects
 def pytest_collection_modifyitems(items: list) -> None:
-    """Mark the slow tier; run the slowest files first, so that no test worker runs one alone at the end."""
+    """Mark the slow and nightly tiers; run the slowest files first, so that no test worker runs one alone at the end."""
     for item in items:
         if is_slow(item.nodeid):
             item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("slow") and is_nightly(item.nodeid):
+            item.add_marker(pytest.mark.nightly)
     items.sort(
         key=lambda item: SLOWEST_FILES.index(item.path.stem) if item.path.stem in SLOWEST_FILES else len(SLOWEST_FILES)
     )

@@ -28,9 +28,14 @@ SLOTS, QUEUE, MAX_BODY, BODY_SECONDS = 2, 4, 20_000, 1.5
 class Server:
     """A server process and a client for it."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, **settings: float):
         limits = dict(
-            slots=SLOTS, max_queue=QUEUE, max_body_bytes=MAX_BODY, body_timeout_seconds=BODY_SECONDS, drain_seconds=60.0
+            slots=SLOTS,
+            max_queue=QUEUE,
+            max_body_bytes=MAX_BODY,
+            body_timeout_seconds=BODY_SECONDS,
+            drain_seconds=60.0,
+            **settings,
         )
         command = [sys.executable, "device_serve.py", str(folder), "--port", "0", "--token-file", str(folder / "token")]
         command += [f"--set=serve.{name}={value}" for name, value in limits.items()]

@@ -42,7 +42,7 @@ class RopeScalingConfig:
     beta_fast: PositiveFloat | None = None
     # yarn: frequencies of channel pairs with fewer rotations than this are divided by factor; None: 1
     beta_slow: PositiveFloat | None = None
-    # yarn, longrope: factor of the rotated channels of queries and keys; None: see mscale (yarn), 1 (longrope)
+    # yarn, longrope: factor of the rotated channels of queries and keys; required for longrope; None (yarn): see mscale
     attention_factor: PositiveFloat | None = None
     # yarn: with both set, attention_factor is (0.1 mscale ln factor + 1) / (0.1 mscale_all_dim ln factor + 1)
     mscale: NonNegativeFloat | None = None

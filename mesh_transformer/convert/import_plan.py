@@ -88,7 +88,12 @@ def make_model_config(model: Mapping[str, Any], where: object) -> ModelConfig:
     try:
         return TypeAdapter(ModelConfig).validate_json(json.dumps(dict(model)))
     except ValidationError as error:
-        reasons = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        reasons = "; ".join(
+            ": ".join(filter(None, [".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")]))
+            for e in error.errors()
+        )
+        if "rope_scaling" in reasons:
+            reasons += " (rope_scaling is rope_parameters in config.json of transformers 5)"
         raise CheckpointError(f"{where}: describes a model that is not supported: {reasons}") from None
 
 

@@ -4,9 +4,9 @@
 
 From a chunk of text, the encoder's input (S = model.seq_len tokens) and the decoder's targets:
 
-    text            Thank you for inviting me to your party last week .
-    encoder_tokens  Thank you <X> me to your party <Y> week . <end>
-    targets         <X> for inviting <Y> last <end>
+    text            Thank you for inviting me to your party last week
+    encoder_tokens  Thank you <X> me to your party <Y> <end>
+    targets         <X> for inviting <Y> last week <end>
 
 The number of spans and all lengths follow from S, so no padding is needed: with S = 512, a chunk of 568 tokens gives 512
 encoder tokens and 114 targets. Sentinels <X>, <Y>, ... are the last rows of the vocabulary in descending order, or a T5

@@ -155,7 +155,8 @@ def _check_record(task: Any, name: str, item: Example) -> None:
         kind = "no field" if isinstance(error, KeyError) else type(error).__name__
         raise DataError(
             f"{item.location}: task {name} cannot read this record ({kind}: {error}); it has the fields "
-            f"{', '.join(item.record)}; add the missing field"
+            f"{', '.join(item.record)}; add the field that the task's definition reads, or "
+            "correct its value"
         ) from None
 
 

@@ -37,10 +37,11 @@ class CompileJob:
         return cls(**{**table, "config": parse_config(table["config"], where="job")})
 
     def digest(self) -> str:
-        """Return a digest that is equal for jobs with the same program.
+        """Return a digest for the cache of compiled statistics: jobs with the same digest have the same program.
 
-        The digest includes the code that makes the program and the compiler's version, but not the configuration of the run
-        folder, checkpoints, data and samples.
+        It covers the code that makes the program, the compiler's version and the configuration, except sections and fields
+        that do not affect the program: run, checkpoint, sample, track, and most of data and serve. Jobs that differ only in
+        another field without effect on the program, such as train.log_every, have different digests.
         """
         table = json.loads(self.to_json())
         for name in ("run", "checkpoint", "sample", "track"):
@@ -56,7 +57,7 @@ class CompileJob:
 
 @functools.cache
 def digest_code(package: Path = Path(__file__).parents[1]) -> str:
-    """Return a digest of the package's code and of the versions of LIBRARIES."""
+    """Return a digest of the top-level modules, of the packages in CODE_PACKAGES, and of the versions of LIBRARIES."""
     digest = hashlib.blake2b(digest_size=12)
     for file in sorted(
         [*package.glob("*.py"), *(file for name in CODE_PACKAGES for file in (package / name).rglob("*.py"))]

@@ -307,6 +307,11 @@ class Bench:
             return name, f"{type(error).__name__}: {str(error)[:100]}"
         try:
             plan = open_huggingface(folder)
+            if plan.config.positions == "learned" and plan.config.seq_len < tokens.shape[1]:
+                return (
+                    "not loadable",
+                    f"{tokens.shape[1]} tokens exceed the {plan.config.seq_len} positions of the model",
+                )
             found = self._run_native(plan, tokens, digest)
         except CheckpointError as error:
             named = re.search(rf"(?<!\w){re.escape(cell.key)}(?!\w)", str(error).replace(str(folder), ""))
@@ -432,6 +437,8 @@ class Bench:
         keys = (keys | (set(SPECIAL_IDS) & whole.keys())) - without_effect - EQUIVALENT.get(self.exported_kind, set())
         pattern = "decoder_sparse_step|mlp_only_layers"  # the layers with experts, in either form
         pattern += "" if plan.config.experts else "|expert|moe|topk|n_group|routed"  # no effect without them
+        pattern += "" if plan.config.rope_scaling else "|original_max_position_embeddings"
+        pattern += "" if "local" in plan.config.attention_pattern else "|sliding_window"
         keys = {key for key in keys if not re.search(pattern, key)}
         pairs = {key: (_plain(before.get(key)), _plain(after.get(key))) for key in sorted(keys)}
         changed = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
@@ -471,6 +478,10 @@ EQUIVALENT = {
     "smollm3": {"no_rope_layer_interval", "sliding_window"},  # no_rope_layers is given; use_sliding_window is false
     "gemma3_text": {"use_bidirectional_attention", "rope_parameters"},  # null means false; of layers that do not exist
     "deepseek_v2": {"n_group", "topk_group", "norm_topk_prob"},  # without effect for the greedy method, or any
+    **{
+        key: {"feed_forward_proj"} for key in ("t5", "mt5")
+    },  # dense_act_fn and is_gated_act, which are compared, have effect
+    "mixtral": {"head_dim"},  # null means hidden_size / num_attention_heads, which is written
     "falcon": {"multi_query", "num_kv_heads"},  # of which new_decoder_architecture makes the other one have no effect
     **{kind: {"max_window_layers"} for kind in ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")},  # layer_types is given
 }

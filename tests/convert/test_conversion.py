@@ -355,6 +355,7 @@ def test_transformers_finds_what_both_readings_share(external, tmp_path, monkeyp
     """A misreading of config.json by the importer and the NumPy reimplementation is revealed by transformers."""
     pytest.importorskip("transformers", reason="needs pip install transformers torch")
     pytest.importorskip("torch", reason="needs pip install transformers torch")
+    monkeypatch.setattr(library_logits, "subprocess", subprocess)  # a process of its own, as users run it
     report = run_here(external, tmp_path / "out", verify="transformers")
     assert re.match(
         r"source: transformers \d.*, LlamaForCausalLM; result: the Mesh Transformer model$", report["logits_compared"]

@@ -12,6 +12,7 @@ from mesh_transformer.convert.huggingface.config_map import (
     ACTIVATIONS,
     read_layer_types,
     read_sizes,
+    require_even,
     write_layer_types,
     write_sizes,
 )
@@ -44,7 +45,7 @@ def _read_shared(s: HFConfig) -> dict[str, Any]:
     bias = s["attention_bias"]
     return read_sizes(s) | dict(
         n_kv_heads=s["num_key_value_heads"],
-        d_head=s["head_dim"],
+        d_head=require_even(s, s["head_dim"], "head_dim"),
         norm="gemma-rmsnorm",
         norm_eps=s["rms_norm_eps"],
         positions="rope-half",
@@ -145,7 +146,7 @@ def read_gemma3(s: HFConfig) -> dict[str, Any]:
     text.require("final_logit_softcapping", None)  # transformers applies it in a Gemma3ForCausalLM only
     model = read_gemma3_text(text)
     text.check_all_read()
-    return model
+    return model | {"tied_embeddings": s["tie_word_embeddings"] or text["tie_word_embeddings"]}
 
 
 def write_gemma3(c: ModelConfig) -> dict[str, Any]:

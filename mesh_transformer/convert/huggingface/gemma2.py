@@ -15,6 +15,7 @@ from mesh_transformer.convert.huggingface.config_map import (
     HFConfig,
     read_layer_types,
     read_sizes,
+    require_even,
     require_full_rotation,
     write_layer_types,
     write_sizes,
@@ -45,7 +46,7 @@ def read_config(s: HFConfig) -> dict[str, Any]:
         | read_sizes(s)
         | dict(
             n_kv_heads=s["num_key_value_heads"],
-            d_head=s["head_dim"],
+            d_head=require_even(s, s["head_dim"], "head_dim"),
             norm="gemma-rmsnorm",
             norm_eps=s["rms_norm_eps"],
             residual="sandwich",

@@ -134,7 +134,7 @@ def test_llama_cpp_chooses_the_same_tokens(runs, load_script):
 def test_chat(runs):
     (runs / "native" / "token").write_text("a-token-for-the-tests-only\n")
     (runs / "native" / "token").chmod(0o600)
-    server = Server(runs / "native")
+    server = Server(runs / "native", warmup_tokens=0)
     try:
         server.wait()
         assert server.client

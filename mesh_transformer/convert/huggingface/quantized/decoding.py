@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Functions that all decoders share: the stored tensors of a weight, tiles that bound memory, packed integers, scales of blocks."""
+"""Shared functions to dequantize weights: stored tensors of a weight, tiles that bound memory, packed integers, block scales."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Tests that get the marker `slow` by their names, besides those that carry it: file -> regular expression.
+"""Tests that get the markers `slow` and `nightly` by their names, besides those that carry `slow`: file -> regular expression.
 
 The default tier keeps at least one test of every kind and takes under 8 minutes on two cores. A test belongs here if it takes
 more than about 8 seconds there and a faster test of its kind stays, or if it needs PyTorch, several processes or a browser.
@@ -82,8 +82,40 @@ SLOW = {
 }
 
 
+# Further cells of matrices, whose other cells stay in the slow tier, which .ci/run runs; these run with -m slow or -m nightly.
+NIGHTLY = {
+    "scripts/stress/test_sharding.py": r"tied\]|norm of|sinks|two rotations|fsdp=2 context=2",
+    "test_docs_commands.py": r"\[docs/(experts|encoder_decoder|evaluation|getting_started/one_gpu)\.md\]",
+    "train/test_step.py": (
+        r"with_experts(?!.*'fsdp': 2.*shared_expert)|as_a_matrix\[adafactor|on_a_mesh_equal_one_device\[\((8, 1, 1|1, 8, 1)\)"
+    ),
+    "model/moe/test_layer.py": r"sharded_equals_one_device\[{('fsdp': 8|'tensor': 8|'data': [28]|'context': 4|'expert': [24])",
+    "model/test_encoder_heads.py": r"gradients_on_a_mesh.*(data[48]|data2-fsdp2|context2.*-bert|fsdp4.*-all)",
+    "convert/huggingface/test_bert.py": (
+        r"gelu|\[(RobertaModel|BertModel|BertForPreTraining|AlbertForSequenceClassification)-default"
+    ),
+    "convert/huggingface/test_families.py": (
+        r"\[(t5-v1\.1-tied|mt5-tied|t5-buckets|ul2|falcon-7b-bias-untied|falcon-11b|bloom-untied|mpt-clipped"
+        r"|opt-without-biases|starcoder-unscaled)\]"
+    ),
+    "convert/huggingface/test_qwen_moe.py": r"\[(qwen2-moe-every-second|deepseek-v2)\]",
+    "convert/gguf/test_writer.py": r"\[gpt-neox-serial\]",
+    "sample/engine/test_warmup.py": r"\[496",
+    "plan/test_search.py": r"layer_interval",
+}
+
+
 def is_slow(nodeid: str) -> bool:
-    """Return whether a test of the given ID belongs to the slow tier."""
+    """Return whether the table gives a test of this ID the marker `slow`."""
+    return _is_in(SLOW, nodeid)
+
+
+def is_nightly(nodeid: str) -> bool:
+    """Return whether a slow test of this ID also gets the marker `nightly`."""
+    return _is_in(NIGHTLY, nodeid)
+
+
+def _is_in(table: dict[str, str], nodeid: str) -> bool:
     file, _, name = nodeid.partition("::")
-    pattern = SLOW.get(file.removeprefix("tests/"))
+    pattern = table.get(file.removeprefix("tests/"))
     return pattern is not None and (not pattern or re.search(pattern, name) is not None)
