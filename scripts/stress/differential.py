@@ -436,6 +436,7 @@ class Bench:
         keys = {*list_fields(self.kind), *recorded_classes()[self.exported_kind]["computed"]}
         keys = (keys | (set(SPECIAL_IDS) & whole.keys())) - without_effect - EQUIVALENT.get(self.exported_kind, set())
         pattern = "decoder_sparse_step|mlp_only_layers"  # the layers with experts, in either form
+        pattern += "|tie_word_embeddings" if self.part else ""  # tied if the whole configuration or its part says so
         pattern += "" if plan.config.experts else "|expert|moe|topk|n_group|routed"  # no effect without them
         pattern += "" if plan.config.rope_scaling else "|original_max_position_embeddings"
         pattern += "" if "local" in plan.config.attention_pattern else "|sliding_window"
