@@ -46,11 +46,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from mesh_transformer.scripts.stress.config_comparison import compare_configs
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from mesh_transformer.cli import make_parser, run_command
-from mesh_transformer.convert.huggingface import config_map
 from mesh_transformer.convert.huggingface.families import FAMILIES
 from mesh_transformer.convert.huggingface.hf_config import KEYS_WITHOUT_EFFECT, NO_EFFECT_OF, recorded_classes
 from mesh_transformer.convert.huggingface.reader import find_family, open_huggingface, pack_tensors
@@ -434,16 +434,9 @@ class Bench:
         after = config_class.from_pretrained(folder).to_dict()
         without_effect = KEYS_WITHOUT_EFFECT - set(SPECIAL_IDS) | NO_EFFECT_OF.get(self.kind, set())
         keys = {*list_fields(self.kind), *recorded_classes()[self.exported_kind]["computed"]}
-        keys = (keys | (set(SPECIAL_IDS) & whole.keys())) - without_effect - EQUIVALENT.get(self.exported_kind, set())
-        pattern = "decoder_sparse_step|mlp_only_layers"  # the layers with experts, in either form
-        pattern += "|tie_word_embeddings" if self.part else ""  # tied if the whole configuration or its part says so
-        pattern += "" if plan.config.experts else "|expert|moe|topk|n_group|routed"  # no effect without them
-        pattern += "" if plan.config.rope_scaling else "|original_max_position_embeddings"
-        pattern += "" if "local" in plan.config.attention_pattern else "|sliding_window"
-        keys = {key for key in keys if not re.search(pattern, key)}
-        pairs = {key: (_plain(before.get(key)), _plain(after.get(key))) for key in sorted(keys)}
-        changed = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
-        return f"keys differ: {changed}" if changed else ""
+        keys = (keys | (set(SPECIAL_IDS) & whole.keys())) - without_effect
+        keys -= {"tie_word_embeddings"} if self.part else set()  # tied if the whole configuration or its part says so
+        return compare_configs(self.exported_kind, plan.config, keys, before, after)
 
     def _exported_class(self) -> Any:
         import transformers
@@ -469,32 +462,6 @@ class Bench:
         difference = float(np.abs(_library_logits(model, tokens) - expected).max())
         scale = max(1.0, float(np.abs(expected).max()))
         return (f"logits differ by {difference:.2g}" if difference > TOLERANCE * scale else ""), table
-
-
-# Fields that have another value after an export, although the function is the same.
-EQUIVALENT = {
-    "gpt2": {"n_inner"},  # null means 4 n_embd, which is written
-    "gpt_neo": {"intermediate_size", "attention_types"},  # the same layers, in the shortest form
-    "gptj": {"n_inner"},
-    "smollm3": {"no_rope_layer_interval", "sliding_window"},  # no_rope_layers is given; use_sliding_window is false
-    "gemma3_text": {"use_bidirectional_attention", "rope_parameters"},  # null means false; of layers that do not exist
-    "deepseek_v2": {"n_group", "topk_group", "norm_topk_prob"},  # without effect for the greedy method, or any
-    **{
-        key: {"feed_forward_proj"} for key in ("t5", "mt5")
-    },  # dense_act_fn and is_gated_act, which are compared, have effect
-    "mixtral": {"head_dim"},  # null means hidden_size / num_attention_heads, which is written
-    "falcon": {"multi_query", "num_kv_heads"},  # of which new_decoder_architecture makes the other one have no effect
-    **{kind: {"max_window_layers"} for kind in ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")},  # layer_types is given
-}
-
-
-def _plain(value: Any) -> Any:
-    """Return a value of config.json in the form that exports have: other names of activations, rope parameters in full."""
-    if isinstance(value, str):
-        return config_map.ACTIVATIONS.get(value, value)
-    if not isinstance(value, dict) or "rope_theta" not in value:
-        return value
-    return value["rope_theta"], value.get("rope_type", value.get("type", "default"))
 
 
 def _library_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
