@@ -154,6 +154,7 @@ def test_sharding_table():
 B, T = 8, 8
 FAMILIES = {
     "t5, tied": dict(positions="t5"),
+    "umt5": dict(positions="t5", t5_shared_bias=False),
     "rotary, grouped": dict(
         positions="rope-interleaved",
         residual="parallel",
@@ -249,6 +250,7 @@ def one_device():
         ((2, 2, 2), "falcon-alibi, embedding norm, clip", {"activation_seq": "tensor"}),
         ((1, 4, 2), "position offset", {}),
         ((2, 2, 2), "opt-350m", {}),
+        ((1, 2, 4), "umt5", {"activation_seq": "tensor"}),
         ((1, 2, 4), "t5, tied", {"activation_seq": "tensor", "vocab": ""}),
         ((2, 1, 4), "rotary, grouped", {"kv_heads": "", "embed": ""}),
     ],

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compare one small random model of `transformers` with its conversion: logits, gradients, sampling, and the way back."""
 
+import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from mesh_transformer.convert.readers import open_checkpoint
 from mesh_transformer.model.params import flatten_names
 from mesh_transformer.model.transformer import make_model
 from mesh_transformer.sample.engine.decoder_only import DecoderOnlyEngine
+from mesh_transformer.sample.engine.encoder_decoder import EncoderDecoderEngine
 
 N_VOCAB, LENGTH = 61, 30
 LOGITS_TOLERANCE, GRADIENT_TOLERANCE = 2e-5, 1e-4  # of the largest logit; of the largest entry of the array
@@ -101,7 +103,7 @@ def check_family(kind: str, tmp_path: Path, keys: dict[str, Any]) -> Imported:
 
 
 def check_encoder_decoder(kind: str, tmp_path: Path, keys: dict[str, Any], *, own_head: bool) -> Imported:
-    """Compare the logits of a random encoder-decoder model, of its conversion, and of the conversion back."""
+    """Compare a random encoder-decoder model with its conversion and with the conversion back; return the imported model."""
     import torch
     import transformers
 
@@ -109,15 +111,20 @@ def check_encoder_decoder(kind: str, tmp_path: Path, keys: dict[str, Any], *, ow
     imported = import_model(tmp_path / "source", tmp_path / "native")
     encoder_tokens, tokens = np.random.default_rng(1).integers(2, N_VOCAB, (2, 2, 3 * LENGTH), dtype=np.int32)
     inputs = dict(input_ids=torch.tensor(encoder_tokens), decoder_input_ids=torch.tensor(tokens))
-    wanted = model(**inputs).logits.detach().numpy()
+    # in float64: with unscaled scores of these weights, the errors of float32 are as large as the tolerance on either side
+    exact = copy.deepcopy(model).double()
+    wanted = exact(**inputs).logits.detach().numpy()
     assert np.std(wanted) > 0.03
     apply = make_model(imported.config).apply
     found, _ = apply(imported.params, jnp.asarray(tokens), encoder_tokens=jnp.asarray(encoder_tokens))
     np.testing.assert_allclose(found, wanted, atol=LOGITS_TOLERANCE * max(np.abs(wanted).max(), 1.0), rtol=0)
+    check_gradients(kind, exact, imported, tokens[:, :LENGTH], encoder_tokens[:, :LENGTH])
+    check_encoder_decoder_sampling(model, imported, [encoder_tokens[0, :20], encoder_tokens[1, :7]])
     back = tmp_path / "back"
     convert(ConversionOptions(source=tmp_path / "native", destination=back, format="huggingface"))
     again = transformers.AutoModelForSeq2SeqLM.from_pretrained(back, dtype=torch.float32)
-    np.testing.assert_allclose(again(**inputs).logits.detach().numpy(), wanted, atol=1e-5, rtol=0)
+    expected = model(**inputs).logits.detach().numpy()
+    np.testing.assert_allclose(again(**inputs).logits.detach().numpy(), expected, atol=1e-5, rtol=0)
     before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path / "source", back))
     assert before.keys() == after.keys()
     for name, values in before.items():
@@ -130,20 +137,27 @@ def run(imported: Imported, tokens: np.ndarray) -> np.ndarray:
     return np.asarray(make_model(imported.config).apply(imported.params, jnp.asarray(tokens))[0])
 
 
-def check_gradients(kind: str, model: Any, imported: Imported, tokens: np.ndarray) -> None:
+def check_gradients(
+    kind: str, model: Any, imported: Imported, tokens: np.ndarray, encoder_tokens: np.ndarray | None = None
+) -> None:
     """Compare the gradients of the mean loss with respect to every weight."""
     import torch
 
+    encoder_inputs = {} if encoder_tokens is None else {"encoder_tokens": jnp.asarray(encoder_tokens)}
+
     def loss(params):
-        log_p = jax.nn.log_softmax(make_model(imported.config).apply(params, jnp.asarray(tokens[:, :-1]))[0])
+        apply = make_model(imported.config).apply
+        log_p = jax.nn.log_softmax(apply(params, jnp.asarray(tokens[:, :-1]), **encoder_inputs)[0])
         return -jnp.mean(jnp.take_along_axis(log_p, jnp.asarray(tokens[:, 1:, None]), axis=-1))
 
     found = flatten_names(jax.grad(loss)(imported.params))
     model.zero_grad()
-    logits = model(torch.tensor(tokens[:, :-1], dtype=torch.long)).logits
+    inputs = {"input_ids" if encoder_tokens is None else "decoder_input_ids": torch.tensor(tokens[:, :-1])}
+    inputs |= {} if encoder_tokens is None else {"input_ids": torch.tensor(encoder_tokens)}
+    logits = model(**inputs).logits
     targets = torch.tensor(tokens[:, 1:], dtype=torch.long)
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
-    grads = {name: weight.grad.numpy() for name, weight in model.named_parameters()}
+    grads = {name: weight.grad.numpy().astype(np.float32) for name, weight in model.named_parameters()}
     wanted = flatten_names(import_arrays(grads, kind, imported.config))
     assert found.keys() == wanted.keys()
     # A key's bias shifts all scores of a query equally, so its gradient is zero up to rounding.
@@ -152,6 +166,21 @@ def check_gradients(kind: str, model: Any, imported: Imported, tokens: np.ndarra
         scale = largest if name.endswith("attention/b_k") else np.abs(gradient).max()
         assert scale > 0, f"{name} has no gradient"
         np.testing.assert_allclose(found[name], gradient, atol=GRADIENT_TOLERANCE * scale, rtol=0, err_msg=name)
+
+
+def check_encoder_decoder_sampling(model: Any, imported: Imported, prompts: list[np.ndarray]) -> None:
+    """Compare 12 greedy tokens for each input of the encoder; the engine adds the end token to an input."""
+    import torch
+
+    start, end = 0, 1
+    model.generation_config.eos_token_id = None  # no sequence ends early
+    options: dict[str, Any] = dict(do_sample=False, use_cache=False, max_new_tokens=12, decoder_start_token_id=start)
+    texts = [torch.tensor([[*prompt.tolist(), end]]) for prompt in prompts]
+    expected = [model.generate(text, **options)[0, 1:].tolist() for text in texts]
+    engine = EncoderDecoderEngine(imported.config, imported.params, start_token=start, end_token=end)
+    found = engine.generate([prompt.tolist() for prompt in prompts], SampleConfig(temperature=0.0, max_tokens=12))
+    assert [completion.tokens for [completion] in found] == expected
+    assert len({token for tokens in expected for token in tokens}) > 1, "the model should not repeat one token"
 
 
 def check_sampling(model: Any, imported: Imported, prompts: list[np.ndarray]) -> None:

@@ -65,6 +65,9 @@ class ModelConfig:
     position_padding_token: NonNegativeInt | None = None
     t5_buckets: PositiveInt = 32  # rows of the relative position bias (T5)
     t5_max_distance: PositiveInt = 128  # all greater distances share the last bucket (T5)
+    t5_shared_bias: bool = (
+        True  # all layers of a stack share the table of the bias (T5); false: each has its own (umT5)
+    )
     rope_dims: PositiveInt | None = None  # leading channels of a head that are rotated; None: all
     rope_theta: PositiveFloat = 10_000.0  # base of the rotation frequencies
     # base in local layers, where rope_scaling then does not apply (Gemma 3); None: as in global layers
@@ -187,6 +190,10 @@ class ModelConfig:
             raise ValueError(
                 f"t5_buckets={self.t5_buckets} and t5_max_distance={self.t5_max_distance} have no effect with "
                 f'positions="{self.positions}"; remove them, or set positions="t5"'
+            )
+        if not self.t5_shared_bias and self.positions != "t5":
+            raise ValueError(
+                f't5_shared_bias=false requires positions="t5", not "{self.positions}"; set it, or remove t5_shared_bias'
             )
         if self.t5_buckets < 4 or self.t5_buckets % 2 or self.t5_max_distance <= self.t5_buckets // 2:
             raise ValueError(
@@ -447,7 +454,7 @@ class ModelConfig:
         rotates = self.positions.startswith("rope")
         table |= dict(rope_dims=self.rope_dim if rotates else None)
         if self.positions != "t5":
-            table |= dict(t5_buckets=None, t5_max_distance=None)
+            table |= dict(t5_buckets=None, t5_max_distance=None, t5_shared_bias=None)
         unused = dict(
             d_ff=all(kind.has_experts for kind in self.layer_kinds),
             rope_theta=not rotates, attention_window="local" not in self.attention_pattern,

@@ -74,6 +74,7 @@ T5 = dict(
 )
 T5_V1_1 = dict(T5, activation="gelu-tanh", gated_ffn=True, tied_embeddings=False, logit_scale="none")
 MT5 = dict(T5_V1_1, n_vocab=250_112)
+UMT5 = dict(T5_V1_1, n_vocab=256_384, t5_shared_bias=False)  # arXiv 2304.09151
 # Switch (arXiv 2101.03961): T5 with experts, initialized with a tenth of the variance. Switch-C's 30 heads, XXL's 128
 # experts and ReLU follow the released code.
 SWITCH = dict(T5, init_scale=0.1)
@@ -234,6 +235,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mt5-large": _t5(MT5, 24, 1024, 16, 2816),
     "mt5-xl": _t5(MT5, 24, 2048, 32, 5120),
     "mt5-xxl": _t5(MT5, 24, 4096, 64, 10240),
+    "umt5-small": _t5(UMT5, 8, 512, 6, 1024),
+    "umt5-base": _t5(UMT5, 12, 768, 12, 2048),
+    "umt5-xl": _t5(UMT5, 24, 2048, 32, 5120),
+    "umt5-xxl": _t5(UMT5, 24, 4096, 64, 10240),
     "ul2": _t5(dict(T5_V1_1, activation="silu"), 32, 4096, 16, 16384, 256),
     "bert-base-uncased": with_sizes(BERT, 12, 768, 12, n_vocab=30522),
     "bert-base-cased": with_sizes(BERT, 12, 768, 12, n_vocab=28996),

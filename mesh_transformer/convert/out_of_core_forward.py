@@ -27,7 +27,7 @@ from mesh_transformer.model.feed_forward import activate
 from mesh_transformer.model.formulas import Branches, apply_branches, clip_qkv
 from mesh_transformer.model.moe.router import router_scores, select_experts
 from mesh_transformer.model.norms import Norm, QKNorm
-from mesh_transformer.model.positions import apply_rope, make_rotation
+from mesh_transformer.model.positions import apply_rope, bucket_bias, make_rotation
 from mesh_transformer.storage.errors import CheckpointError
 
 Array = np.ndarray
@@ -55,8 +55,11 @@ class OutOfCoreLayer:
         masks = context.masks
         assert masks is not None, "only the dense kernel has masks"
         mask = masks.windowed if self.kind.local else masks.full
+        bias = masks.bias
+        if masks.buckets is not None:
+            bias = bucket_bias(jnp.asarray(self.read("attention/relative_bias")), masks.buckets)
         sinks = jnp.asarray(self.read("attention/sinks")) if self.config.attention_sinks else None
-        output = dense_attention(q, k, v, mask, masks.bias, dataclasses.replace(self.config, dropout=0.0), sinks)
+        output = dense_attention(q, k, v, mask, bias, dataclasses.replace(self.config, dropout=0.0), sinks)
         return self.matmul(np.asarray(output), "attention/w_o", "attention/b_o", input_dims=2)
 
     def project(self, x: Array, context: AttentionContext) -> tuple[jax.Array, jax.Array, jax.Array]:

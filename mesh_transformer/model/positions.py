@@ -166,8 +166,18 @@ def t5_buckets(distance: Int[Array, "*shape"], config: ModelConfig) -> Int[Array
     return offset + jnp.where(distance < exact, distance, jnp.minimum(logarithmic, count - 1))
 
 
+def bucket_bias(table: Float[Array, "K H"], buckets: Int[Array, "B T S"]) -> Float[Array, "B H T S"]:
+    """Return the bias of each head on the attention scores, given the table of the T5 bias and the bucket of each distance."""
+    return jnp.moveaxis(table[buckets], -1, 1)
+
+
+def bias_table(name: str, config: ModelConfig) -> Float[Array, "K H"]:
+    """Return the parameter `name` of the current module: the bias of each bucket and head."""
+    return param(name, hk.initializers.RandomNormal(0.02), buckets=config.t5_buckets, heads=config.n_heads)
+
+
 class RelativeBias(hk.Module):
-    """Bias of each head on the attention scores, by distance between query and key. All layers of a stack share it."""
+    """Bias of each head on the attention scores, by distance between query and key, that all layers of a stack share."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(name="relative_bias")
@@ -176,16 +186,15 @@ class RelativeBias(hk.Module):
     def __call__(
         self, distance: Int[Array, "B T S"], key_positions: Int[Array, "K S"]
     ) -> Float[Array, "N H T S"] | None:
-        """Return the bias for each distance = query - key, or None for position encodings without a bias.
+        """Return the bias for each distance = query - key, or None for position encodings without a shared bias.
 
         B or K may be 1; N is their maximum.
         """
         c = self.config
         heads = c.n_heads
         match c.positions:
-            case "t5":
-                table = param("table", hk.initializers.RandomNormal(0.02), buckets=c.t5_buckets, heads=heads)
-                return jnp.moveaxis(table[t5_buckets(distance, c)], -1, 1)
+            case "t5" if c.t5_shared_bias:
+                return bucket_bias(bias_table("table", c), t5_buckets(distance, c))
             case "alibi":
                 absolute = jnp.abs(distance[:, None]).astype(jnp.float32)
                 return -jnp.asarray(alibi_slopes(heads))[None, :, None, None] * absolute

@@ -30,7 +30,7 @@ from mesh_transformer.model.moe.layer import MoELayer
 from mesh_transformer.model.moe.router import RoutingStats
 from mesh_transformer.model.norms import Norm
 from mesh_transformer.model.params import Params, describe_repeat, describing, make_inits, param
-from mesh_transformer.model.positions import RelativeBias
+from mesh_transformer.model.positions import RelativeBias, t5_buckets
 from mesh_transformer.model.quantization import Quantized
 
 InferenceParams = Mapping[str, Mapping[str, Array | Quantized]]  # like Params; some arrays may be quantized
@@ -337,6 +337,8 @@ class Transformer(hk.Module):
         distance = query[:, :, None] - key[:, None, :]
         bias = RelativeBias(c)(distance, key_positions)
         masks = make_masks(distance, segment_ids, bias, causal=c.causal, window=c.attention_window)
+        if not c.t5_shared_bias:
+            masks = masks._replace(buckets=t5_buckets(distance, c))
         return AttentionContext(kernel, positions, segment_ids, masks, decoding, training)
 
     @hk.experimental.name_like("__call__")

@@ -103,6 +103,10 @@ PUBLISHED = {
     "flan-t5-large": 783_150_080,
     "flan-t5-xl": 2_849_757_184,
     "flan-t5-xxl": 11_135_332_352,
+    "umt5-small": 306_601_984,
+    "umt5-base": 592_043_520,
+    "umt5-xl": 3_768_356_864,
+    "umt5-xxl": 12_972_531_712,
     "mt5-small": 300_176_768,
     "mt5-base": 582_401_280,
     "mt5-large": 1_229_581_312,
@@ -224,11 +228,11 @@ PUBLISHED_SHAPES = {
     "starcoderbase-3b": (36, 2816, 22, 128),
     "starcoderbase-7b": (42, 4096, 32, 128),
     "starcoder": (40, 6144, 48, 128),
-    **{f"{name}-small": (8, 512, 6, 64) for name in ("flan-t5", "mt5")},
-    **{f"{name}-base": (12, 768, 12, 64) for name in ("flan-t5", "mt5")},
+    **{f"{name}-small": (8, 512, 6, 64) for name in ("flan-t5", "mt5", "umt5")},
+    **{f"{name}-base": (12, 768, 12, 64) for name in ("flan-t5", "mt5", "umt5")},
     **{f"{name}-large": (24, 1024, 16, 64) for name in ("flan-t5", "mt5")},
-    **{f"{name}-xl": (24, 2048, 32, 64) for name in ("flan-t5", "mt5")},
-    **{f"{name}-xxl": (24, 4096, 64, 64) for name in ("flan-t5", "mt5")},
+    **{f"{name}-xl": (24, 2048, 32, 64) for name in ("flan-t5", "mt5", "umt5")},
+    **{f"{name}-xxl": (24, 4096, 64, 64) for name in ("flan-t5", "mt5", "umt5")},
     "ul2": (32, 4096, 16, 256),
     "qwen1.5-moe-a2.7b": (24, 2048, 16, 128),
     "qwen2-57b-a14b": (28, 3584, 28, 128),
@@ -313,7 +317,7 @@ def closed_formula(name: str, c: ModelConfig) -> int:
     if name.startswith(("qwen", "deepseek", "gpt-oss")):
         assert c.experts is not None
         return 2 * v * d + d + sum(experts_layer(c, kind.has_experts) for kind in c.layer_kinds)
-    if name.startswith(("switch", "t5", "flan", "mt5", "ul2")):
+    if name.startswith(("switch", "t5", "flan", "mt5", "umt5", "ul2")):
         attention, tables = 4 * d * c.n_heads * c.head_dim, (1 if c.tied_embeddings else 2) * v * d
         dense = (3 if c.gated_ffn else 2) * d * f
 
@@ -321,7 +325,8 @@ def closed_formula(name: str, c: ModelConfig) -> int:
             """Each layer has so many attention and feed-forward blocks with a norm before each."""
             sparse = 0 if c.experts is None else layers // c.experts.layer_interval
             ff = (layers - sparse) * dense + (sparse * c.experts.n_experts * (dense + d) if c.experts else 0)
-            return layers * ((blocks - 1) * attention + blocks * d) + ff + 32 * c.n_heads + d
+            biases = (1 if c.t5_shared_bias else layers) * 32 * c.n_heads
+            return layers * ((blocks - 1) * attention + blocks * d) + ff + biases + d
 
         encoder = 0 if c.n_encoder_layers is None else stack(c.n_encoder_layers, 2)
         return tables + encoder + stack(layers, 2 if c.n_encoder_layers is None else 3)
@@ -451,6 +456,7 @@ CHOICES = {
     "bloom-176b": dict(positions="alibi", embedding_norm=True, activation="gelu-tanh", n_vocab=250_880),
     "mpt-7b": dict(positions="alibi", norm_bias=False, qkv_bias=False, ff_bias=False, activation="gelu-erf"),
     "starcoder": dict(kv_heads=1, positions="learned", seq_len=8192, activation="gelu-tanh", qkv_bias=True),
+    "umt5-xxl": dict(n_vocab=256_384, gated_ffn=True, t5_shared_bias=False, tied_embeddings=False, logit_scale="none"),
     "mt5-xxl": dict(n_vocab=250_112, gated_ffn=True, tied_embeddings=False, logit_scale="none"),
     "ul2": dict(activation="silu", gated_ffn=True, ff_dim=16384, n_encoder_layers=32, tied_embeddings=False),
     "t5-base": dict(

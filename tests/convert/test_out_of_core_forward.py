@@ -38,6 +38,7 @@ MODELS = {
     "mixtral": CASES["mixtral"].config,
     "alternating-experts": ModelConfig(**SMALL, ff_bias=False, experts=ExpertsConfig(n_experts=3, layer_interval=2)),
     "neox": CASES["gpt-neox"].config,
+    "t5-own-bias": ModelConfig(**SMALL, positions="t5", t5_shared_bias=False),
     "t5-parallel": ModelConfig(**SMALL, positions="t5", residual="parallel", norm="gptj-scalenorm", head_bias=True),
     "alibi": ModelConfig(**SMALL, positions="alibi", norm="scalenorm", activation="relu"),
     "falcon-alibi": ModelConfig(**SMALL, positions="falcon-alibi", embedding_norm=True, clip_qkv=0.7),

@@ -290,6 +290,7 @@ CHOICES = {
         scan_unroll=2,
         remat="dots",
     ),
+    "umt5": dict(positions="t5", t5_shared_bias=False),
     "opt-350m": dict(residual="post-norm", d_token_embedding=12),
     "no biases": dict(positions="none", norm_bias=False, ff_bias=False),
 }

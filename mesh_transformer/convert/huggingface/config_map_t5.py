@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Translate config.json of T5, mT5 and SwitchTransformers to the native [model] section and back (see config_map.py)."""
+"""Translate config.json of T5, mT5, umT5 and SwitchTransformers to the native [model] section and back (see config_map.py)."""
 
 import json
 from typing import Any
@@ -34,11 +34,11 @@ def _write(c: ModelConfig) -> dict[str, Any]:
 
 
 def read_t5(s: HFConfig) -> dict[str, Any]:
-    """Return the [model] section for a T5Config or an MT5Config. Their "gated-gelu" is the tanh approximation.
+    """Return the [model] section for a T5Config, an MT5Config or a UMT5Config. Their "gated-gelu" is the tanh approximation.
 
     In transformers 5 the embedding matrix is the head if the files lack the tensor of the head, regardless of
-    tie_word_embeddings (`Family.files_tie_head`). The logits of T5 are scaled according to scale_decoder_outputs; if this key
-    is absent, the logits are scaled unless tie_word_embeddings is false.
+    tie_word_embeddings (`Family.files_tie_head`). The logits of T5 and umT5 are scaled according to
+    scale_decoder_outputs; if this key is absent, they are scaled unless tie_word_embeddings is false.
     """
     projection = s["feed_forward_proj"]
     kind, _, name = projection.rpartition("-")
@@ -58,13 +58,14 @@ def read_t5(s: HFConfig) -> dict[str, Any]:
         )
     gated = kind == "gated" if stored_gate is None else stored_gate
     tied = s.find("tie_word_embeddings") is not False
-    scaled = s.find("scale_decoder_outputs") if s.kind == "t5" else False
+    scaled = False if s.kind == "mt5" else s.find("scale_decoder_outputs")
     scaled = tied if scaled is None else scaled
-    return _read(s, tied=tied, scaled=scaled) | dict(activation=ACTIVATIONS[act], gated_ffn=gated)
+    model = _read(s, tied=tied, scaled=scaled) | dict(activation=ACTIVATIONS[act], gated_ffn=gated)
+    return model | dict(t5_shared_bias=s.kind != "umt5")
 
 
 def write_t5(c: ModelConfig) -> dict[str, Any]:
-    """Return the keys of a T5Config."""
+    """Return the keys of a T5Config or a UMT5Config."""
     activation = HF_ACTIVATIONS[c.activation]
     if c.gated_ffn:
         activation = "gated-" + {"gelu_new": "gelu", "gelu": "unknown"}.get(activation, activation)

@@ -246,6 +246,17 @@ FAMILIES = {
         copies=T5_COPIES,
         files_tie_head=True,
     ),
+    "umt5": Family(
+        "UMT5ForConditionalGeneration",
+        tensor_map.UMT5,
+        config_map_t5.read_t5,
+        config_map_t5.write_t5,
+        run_t5,
+        "",
+        T5_BUFFERS,
+        copies=T5_COPIES,
+        files_tie_head=True,
+    ),
     "bert": Family(
         "BertForMaskedLM",
         bert.TENSORS,
@@ -299,7 +310,7 @@ FAMILIES = {
     ),
 }
 REFERENCE_ROPE_TYPES = ("default", "llama3")
-ENCODER_DECODER = ("t5", "mt5", "switch_transformers")
+ENCODER_DECODER = ("t5", "mt5", "umt5", "switch_transformers")
 
 
 def has_reference(config: Mapping[str, Any]) -> bool:

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""NumPy reference implementation of T5, mT5 and SwitchTransformers, computed from the tensors of their files."""
+"""NumPy reference implementation of T5, mT5, umT5 and SwitchTransformers, computed from the tensors of their files."""
 
 import math
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from mesh_transformer.convert.lazy_arrays import LazyArray
 def run_t5(
     tensors: Mapping[str, LazyArray], c: Mapping[str, Any], tokens: Array, encoder_tokens: Array, mask: Array
 ) -> Array:
-    """Return the logits [B, T, V] of T5, mT5 or SwitchTransformers for the decoder's tokens [B, T].
+    """Return the logits [B, T, V] of T5, mT5, umT5 or SwitchTransformers for the decoder's tokens [B, T].
 
     `encoder_tokens` [B, S] are the encoder's input; `mask` [B, S] is 0 for padding.
     """
@@ -43,14 +43,16 @@ def _run_stack(
     x = t.rows("shared.weight", tokens)
     positions = np.arange(tokens.shape[1])
     offset = positions[None] - positions[:, None]  # position of the key minus position of the query
-    table = t.vector(f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
-    bias = np.moveaxis(table[_bucket(offset, c, two_sided=is_encoder)], -1, 0)[None]
-    bias = np.where((mask if is_encoder else np.ones_like(tokens))[:, None, None] > 0, bias, -np.inf)
+    buckets = _bucket(offset, c, two_sided=is_encoder)
+    visible = (mask if is_encoder else np.ones_like(tokens))[:, None, None] > 0
     if not is_encoder:
-        bias = np.where(offset > 0, -np.inf, bias)
+        visible = visible & (offset <= 0)
     n_layers = c["num_layers"] if is_encoder or c["num_decoder_layers"] is None else c["num_decoder_layers"]
     for i in range(n_layers):
         layer = f"{stack}.block.{i}.layer."
+        table_layer = i if c["model_type"] == "umt5" else 0
+        table = t.vector(f"{stack}.block.{table_layer}.layer.0.SelfAttention.relative_attention_bias.weight")
+        bias = np.where(visible, np.moveaxis(table[buckets], -1, 0)[None], -np.inf)
         normed = t.rms(f"{layer}0.layer_norm", x, eps)
         x = x + _attend(t, f"{layer}0.SelfAttention", normed, normed, bias, c["num_heads"])
         if encoder_output is not None:

@@ -177,8 +177,11 @@ MIXTRAL = {name: mapping for name, mapping in LLAMA.items() if not name.startswi
 QWEN3 = LLAMA | {f"attention/norm_{x}/scale": TensorMapping(f"{M}.self_attn.{x}_norm.weight", "head_dim") for x in "qk"}
 
 
-def t5_stack(native: str, external: str, feed_forward: str) -> dict[str, TensorMapping]:
-    """Return the mappings of the encoder or decoder of T5, whose feed-forward module is called `feed_forward`."""
+def t5_stack(native: str, external: str, feed_forward: str, *, shared_bias: bool = True) -> dict[str, TensorMapping]:
+    """Return the mappings of the encoder or decoder of T5, whose feed-forward module is called `feed_forward`.
+
+    If `shared_bias`, the first layer has the table of the relative bias of all layers; otherwise each layer has its own.
+    """
     block = f"{external}.block.{{i}}.layer"
     is_decoder = external == "decoder"
     ff = f"{block}.{2 if is_decoder else 1}"
@@ -195,8 +198,11 @@ def t5_stack(native: str, external: str, feed_forward: str) -> dict[str, TensorM
         mappings |= linear(f"{kind}/w_gate", f"{path}.wi_0", "ff", "embed")
         mappings |= linear(f"{kind}/w_out", f"{path}.wo", "embed", "ff")
     mappings |= linear("experts/w_router", f"{ff}.mlp.router.classifier", "router", "embed")
-    bias = f"{external}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-    mappings["relative_bias/table"] = TensorMapping(bias, "buckets heads")
+    bias = "layer.0.SelfAttention.relative_attention_bias.weight"
+    if shared_bias:
+        mappings["relative_bias/table"] = TensorMapping(f"{external}.block.0.{bias}", "buckets heads")
+    else:
+        mappings["attention/relative_bias"] = TensorMapping(f"{external}.block.{{i}}.{bias}", "buckets heads")
     return {native + name: mapping for name, mapping in mappings.items()}
 
 
@@ -204,4 +210,9 @@ SHARED = {"w_tokens": TensorMapping("shared.weight", "vocab embed"), "w_head": H
 T5, SWITCH = (
     SHARED | t5_stack("", "decoder", dense) | t5_stack("encoder/", "encoder", dense)
     for dense in ("DenseReluDense", "mlp")
+)
+UMT5 = (
+    SHARED
+    | t5_stack("", "decoder", "DenseReluDense", shared_bias=False)
+    | t5_stack("encoder/", "encoder", "DenseReluDense", shared_bias=False)
 )

@@ -18,7 +18,7 @@ from mesh_transformer.model.formulas import clip_qkv
 from mesh_transformer.model.linear import linear
 from mesh_transformer.model.norms import QKNorm
 from mesh_transformer.model.params import Inits, param
-from mesh_transformer.model.positions import apply_rope, make_rotation
+from mesh_transformer.model.positions import apply_rope, bias_table, bucket_bias, make_rotation
 
 
 class Attention(hk.Module):
@@ -48,6 +48,9 @@ class Attention(hk.Module):
         if cache is not None:
             cache = write_kv(cache, k, v, context.positions)
             k, v = read_kv(cache, x.dtype)
+        if context.masks is not None and context.masks.buckets is not None:
+            bias = bucket_bias(bias_table("relative_bias", c), context.masks.buckets)
+            context = context._replace(masks=context.masks._replace(bias=bias))
         sinks = param("sinks", hk.initializers.Constant(0.0), heads=c.n_heads) if c.attention_sinks else None
         attend = partial(dispatch_attention, config=c, local=self.kind.local, context=context, sinks=sinks)
         if c.remat == "attention" and cache is None:

@@ -14,6 +14,8 @@ class Masks(NamedTuple):
     full: Bool[Array, "#B T S"]  # for global layers: True where the query attends to the key
     windowed: Bool[Array, "#B T S"]  # for local layers: `full` and within the attention window
     bias: Float[Array, "#B H T S"] | None  # added to the scores
+    # bucket of the distance, if each layer has its own table of the T5 bias; `bias` is then None until a layer sets it
+    buckets: Int[Array, "#B T S"] | None = None
 
 
 class EncoderOutput(NamedTuple):

@@ -125,6 +125,13 @@ ENCODER_DECODERS = {
     "ul2": ("t5", T5 | dict(feed_forward_proj="gated-silu", tie_word_embeddings=False), True, dict(activation="silu")),
     "mt5": ("mt5", T5, True, dict(gated_ffn=True, tied_embeddings=False, logit_scale="none")),
     "mt5-tied": ("mt5", T5, False, dict(gated_ffn=True, tied_embeddings=True, logit_scale="none")),
+    "umt5": (
+        "umt5",
+        T5 | dict(tie_word_embeddings=False),
+        True,
+        dict(gated_ffn=True, tied_embeddings=False, logit_scale="none", t5_shared_bias=False),
+    ),
+    "umt5-tied": ("umt5", T5, False, dict(logit_scale="rsqrt_d_model", t5_shared_bias=False)),
 }
 
 
@@ -134,12 +141,6 @@ def test_encoder_decoder_equals_transformers_in_both_directions(name, tmp_path):
     kind, keys, own_head, expected = ENCODER_DECODERS[name]
     config = check_encoder_decoder(kind, tmp_path, keys, own_head=own_head).config
     assert {key: getattr(config, key) for key in expected} == expected
-
-
-def test_umt5_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "umt5"}))
-    with pytest.raises(CheckpointError, match=r'model_type "umt5" is not supported; supported: .*mt5'):
-        open_huggingface(tmp_path)
 
 
 REFUSED = [

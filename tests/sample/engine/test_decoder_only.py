@@ -29,6 +29,7 @@ FAMILIES = {
     ),
     "rope-half": dict(positions="rope-half", residual="parallel-two-norms", tied_embeddings=False),
     "t5": dict(positions="t5", attention_scale="none"),
+    "umt5": dict(positions="t5", attention_scale="none", t5_shared_bias=False),
     "alibi": dict(positions="alibi", norm="rmsnorm", activation="relu"),
     "banded": dict(attention_pattern=("global", "local"), attention_window=5, qkv_bias=False),
     "local-first": dict(
