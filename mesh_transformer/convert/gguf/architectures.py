@@ -12,6 +12,7 @@ from typing import Any
 
 from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
+from mesh_transformer.convert.gguf.joined_projections import BLOOM, FALCON, MPT
 from mesh_transformer.convert.gguf.metadata import (
     LONGROPE_FACTORS,
     Architecture,
@@ -90,7 +91,13 @@ def make_family(kind: str, name: str) -> Family:
     known = {weight: mapping for weight, mapping in mappings.items() if mapping is not None}
     known |= ARCHITECTURES[name].mappings
     return FAMILIES[kind]._replace(
-        mappings=known, prefix="", buffers=(), copies=(), bias_copies=(), needs_copies=False, variant=None
+        mappings=known,
+        prefix="",
+        buffers=(),
+        copies=(),
+        bias_copies=(),
+        needs_copies=False,
+        variant=ARCHITECTURES[name].variant,
     )
 
 
@@ -145,13 +152,17 @@ def _write_llama(config: Table, values: Table) -> None:
         values |= {"expert_count": config["num_local_experts"], "expert_used_count": config["num_experts_per_tok"]}
 
 
-def _read_gemma2(metadata: Metadata, table: Table, tensors: Tensors) -> None:
-    _read_llama(metadata, table, tensors)
-    table.setdefault("sliding_window", 4096)
-    is_27b = table["num_hidden_layers"] == GEMMA2_27B_LAYERS
+def _set_query_scale(table: Table, layers_27b: int) -> None:
+    is_27b = table["num_hidden_layers"] == layers_27b
     table["query_pre_attn_scalar"] = (
         table["hidden_size"] // table["num_attention_heads"] if is_27b else table["head_dim"]
     )
+
+
+def _read_gemma2(metadata: Metadata, table: Table, tensors: Tensors) -> None:
+    _read_llama(metadata, table, tensors)
+    table.setdefault("sliding_window", 4096)
+    _set_query_scale(table, GEMMA2_27B_LAYERS)
     kinds = ("sliding_attention", "full_attention")
     table["layer_types"] = [kinds[i % 2] for i in range(table["num_hidden_layers"])]
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
@@ -160,10 +171,7 @@ def _read_gemma2(metadata: Metadata, table: Table, tensors: Tensors) -> None:
 
 def _read_gemma3(metadata: Metadata, table: Table, tensors: Tensors) -> None:
     _read_llama(metadata, table, tensors)
-    is_27b = table["num_hidden_layers"] == GEMMA3_27B_LAYERS
-    table["query_pre_attn_scalar"] = (
-        table["hidden_size"] // table["num_attention_heads"] if is_27b else table["head_dim"]
-    )
+    _set_query_scale(table, GEMMA3_27B_LAYERS)
     local = {"rope_type": "default", "rope_theta": metadata.get("rope.freq_base_swa", 10_000.0)}
     table["rope_parameters"] = {"full_attention": table["rope_parameters"], "sliding_attention": local}
     windows = metadata.get("attention.sliding_window_pattern", GEMMA3_PERIOD)
@@ -193,16 +201,24 @@ def _write_gemma3(config: Table, values: Table) -> None:
         values["attention.sliding_window_pattern"] = windows
 
 
+def _read_rotated_fraction(metadata: Metadata, table: Table, d_head: int) -> None:
+    table["rope_parameters"]["partial_rotary_factor"] = metadata.get("rope.dimension_count", d_head) / d_head
+
+
+def _write_rotated_fraction(config: Table, values: Table) -> None:
+    values["rope.dimension_count"] = round(config["partial_rotary_factor"] * _head_dim(config))
+
+
 def _read_phi3(metadata: Metadata, table: Table, tensors: Tensors) -> None:
     d_head = read_heads(metadata, table)
     table["sliding_window"] = metadata.get("attention.sliding_window") or None
     read_longrope(metadata, table, tensors)
-    table["rope_parameters"]["partial_rotary_factor"] = metadata.get("rope.dimension_count", d_head) / d_head
+    _read_rotated_fraction(metadata, table, d_head)
 
 
 def _write_phi3(config: Table, values: Table) -> None:
     write_longrope(config, values)
-    values["rope.dimension_count"] = round(config["partial_rotary_factor"] * _head_dim(config))
+    _write_rotated_fraction(config, values)
     values["attention.sliding_window"] = config["sliding_window"] or 0
 
 
@@ -239,7 +255,7 @@ def _write_gpt_oss(config: Table, values: Table) -> None:
 def _read_stablelm(metadata: Metadata, table: Table, tensors: Tensors) -> None:
     d_head = read_heads(metadata, table)
     read_rope(metadata, table, tensors, d_head)
-    table["rope_parameters"]["partial_rotary_factor"] = metadata.get("rope.dimension_count", d_head) / d_head
+    _read_rotated_fraction(metadata, table, d_head)
     # llama.cpp ignores the key: the residual is parallel if the feed-forward norm is missing
     table["use_parallel_residual"] = "blk.0.ffn_norm.weight" not in tensors
     table |= {"use_qkv_bias": Q_BIAS in tensors, "qk_layernorm": Q_NORM in tensors}
@@ -248,7 +264,7 @@ def _read_stablelm(metadata: Metadata, table: Table, tensors: Tensors) -> None:
 
 def _write_stablelm(config: Table, values: Table) -> None:
     write_rope(config, values)
-    values["rope.dimension_count"] = round(config["partial_rotary_factor"] * _head_dim(config))
+    _write_rotated_fraction(config, values)
 
 
 def _read_olmo(metadata: Metadata, table: Table, tensors: Tensors) -> None:
@@ -417,5 +433,8 @@ ARCHITECTURES = {
     "gpt2": Architecture(
         ("gpt2",), GPT2, {"activation_function": "gelu_new"}, _read_gpt2, _write_gpt2, transposed=CONV1D
     ),
+    "bloom": BLOOM,
+    "falcon": FALCON,
+    "mpt": MPT,
     "gptneox": Architecture(("gpt_neox",), NEOX, {"hidden_act": "gelu"}, _read_neox, _write_neox),
 }

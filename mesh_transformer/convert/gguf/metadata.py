@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mesh_transformer.config import ModelConfig
 from mesh_transformer.convert.huggingface.rope_map import longrope_scale
 from mesh_transformer.convert.huggingface.tensor_map import TensorMapping
 from mesh_transformer.convert.lazy_arrays import LazyArray, full_index
@@ -38,6 +39,7 @@ class Architecture(NamedTuple):
     transposed: tuple[str, ...] = ()  # modules of transformers whose weight is stored transposed
     # By native weight: tensors that differ from the tensors of transformers not only in the name
     mappings: Mapping[str, TensorMapping] = {}
+    variant: Callable[[ModelConfig], Mapping[str, TensorMapping]] | None = None  # mappings that depend on the model
     constants: tuple[str, ...] = (ROPE_FACTORS,)  # tensors that are part of the configuration
 
 

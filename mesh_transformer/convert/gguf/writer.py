@@ -90,7 +90,7 @@ def plan_gguf(plan: ImportPlan, gguf_type: str | None, model_type: str | None = 
     name = metadata["general.architecture"]
     family = make_family(kind, name)
     weights = {spec.name for specs in describe_weights(plan.config).values() for spec in specs}
-    missing = weights - family.mappings.keys()
+    missing = weights - family.mappings_of(plan.config).keys()
     if missing:
         raise CheckpointError(
             f"the architecture {name!r} of llama.cpp has no tensor for {', '.join(sorted(missing))}; export the model with "

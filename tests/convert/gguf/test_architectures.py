@@ -18,7 +18,7 @@ from mesh_transformer.storage.errors import CheckpointError
 
 TENSORS = {TOKEN_EMBEDDING: InMemory(np.zeros((100, 64), np.float32))}
 # Weights without a tensor in llama.cpp: a head beside the embedding, the heads of BERT, dense layers among layers with experts,
-# and the bias of a gate, which Phi 3 does not have.
+# the bias of a gate, which Phi 3 does not have, and the second norm of Falcon, which only some of its models have.
 ABSENT = {
     "gemma": {"w_head"},
     "gemma2": {"w_head"},
@@ -26,6 +26,7 @@ ABSENT = {
     "bert": {"masked_lm_head", "b_head", "pooler"},
     "qwen3moe": {"feed_forward"},
     "phi3": {"feed_forward"},
+    "falcon": {"norm_2"},
 }
 LLAMA = {
     "general.architecture": "llama",
