@@ -23,9 +23,9 @@ import tokenizers as hf
 
 from mesh_transformer.data.tokenizer_files import CONFIG, NAMED_TOKENS, SPECIAL_TOKENS_MAP, name_special_tokens
 from mesh_transformer.data.tokenizers import Tokenizer
-from mesh_transformer.data.vocabularies import make_library, merge_additions
+from mesh_transformer.data.vocabularies import ABSENT_FROM_TEXTS, make_library, merge_additions
 
-ESCAPE = "\ufdd0"  # a Unicode noncharacter, inserted into special tokens in messages; `encode` removes it
+ESCAPE = ABSENT_FROM_TEXTS  # inserted into special tokens in messages; `encode` removes it
 DEFAULT_NAME = "default"  # name of the template that is used if a model has several
 _TEMPLATE_FILE = re.compile(r"additional_chat_templates/([^/]+)\.jinja")
 _MAX_STEPS = 1_000_000  # iterations and calls in one rendering: about a second
@@ -51,6 +51,7 @@ class ChatTemplate:
         """
         record = tokenizer.to_json()
         self._tokenizer_json = merge_additions(record["tokenizer"], record) if "tokenizer" in record else None
+        self._class_tokens: Mapping[str, str] = record.get("named_tokens", {})
         self._files: Mapping[str, str] = meta.get("carried") or {}
 
     @functools.cached_property
@@ -154,12 +155,10 @@ class ChatTemplate:
             if token.special or (token.content in (self.source or "") and token.content.strip())
         }
         # A token of one character cannot be escaped: ESCAPE is inserted between two characters.
-        by_length = sorted((name for name in names if len(name) > 1), key=len, reverse=True)
+        by_length = sorted((name for name in names - {ESCAPE} if len(name) > 1), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, by_length)) or "(?!)")
 
     def _escape_special_tokens(self, text: str) -> str:
-        if ESCAPE in text:
-            raise ChatError("a message contains the noncharacter U+FDD0; remove it")
         while self._special_pattern.search(text):  # repeated, because escaping one token may leave another
             text = self._special_pattern.sub(lambda match: _escape(match[0]), text)
         return text
@@ -171,7 +170,8 @@ class ChatTemplate:
     @functools.cached_property
     def _special(self) -> dict[str, str]:
         """The model's special tokens by the names that templates use."""
-        named = name_special_tokens({CONFIG: self._config, SPECIAL_TOKENS_MAP: self._read(SPECIAL_TOKENS_MAP)})
+        files = {CONFIG: self._config, SPECIAL_TOKENS_MAP: self._read(SPECIAL_TOKENS_MAP)}
+        named = {**self._class_tokens, **name_special_tokens(files)}
         return {name: named[name] for name in NAMED_TOKENS if name in named}
 
     def _read(self, name: str) -> dict[str, Any]:

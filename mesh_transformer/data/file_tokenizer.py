@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokenizer with the vocabulary of a tokenizer.json, through the package `tokenizers`."""
 
+import contextlib
 import functools
 import json
 import re
@@ -86,9 +87,9 @@ class FileTokenizer:
         The tokenizer's files say which special tokens are added and what the types are. Special tokens written in the texts
         become their ids. Raises TokenizerError at lone surrogates.
         """
-        for text in (first, second):
-            to_utf8(text)
-        encoding = _share_library(self._source, "tokenizer", parse_special=True).encode(first, second)
+        library = _share_library(self._source, "tokenizer", parse_special=True)
+        with _explain_errors([first, second]):
+            encoding = library.encode(first, second)
         return encoding.ids, encoding.type_ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -204,7 +205,8 @@ def _share_library(source: str, where: str, *, parse_special: bool) -> hf.Tokeni
 
 def _measure_added_tokens(library: hf.Tokenizer) -> tuple[list[int], list[int]]:
     """Return the ids that the post-processor adds before and after a text."""
-    encoding = library.encode("a")
+    with _explain_errors(["a"]):
+        encoding = library.encode("a")
     text_indices = [i for i, added in enumerate(encoding.special_tokens_mask) if not added]
     if not text_indices:  # the vocabulary cannot encode the text
         return encoding.ids, []
@@ -220,15 +222,22 @@ def _select_encoding(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _encode_strictly(library: hf.Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
     """Return the ids of texts, int32. Raises TokenizerError at lone surrogates."""
-    try:
+    with _explain_errors(texts):
         encoded = library.encode_batch_fast(texts, add_special_tokens=False)
+    return [np.array(encoding.ids, np.int32) for encoding in encoded]
+
+
+@contextlib.contextmanager
+def _explain_errors(texts: Sequence[str]) -> Iterator[None]:
+    """Raise TokenizerError for the errors of `tokenizers` on encoding `texts`."""
+    try:
+        yield
     except TypeError:  # raised by `tokenizers` for lone surrogates
         for text in texts:
             to_utf8(text)
         raise
     except Exception as error:  # the library raises nothing narrower
         raise TokenizerError(f"the vocabulary cannot encode a text: {error}; use another tokenizer") from None
-    return [np.array(encoding.ids, np.int32) for encoding in encoded]
 
 
 def _group_parts(texts: Sequence[str], max_characters: int | None) -> Iterator[list[tuple[int, str]]]:

@@ -30,7 +30,13 @@ from mesh_transformer.data.vocabularies import (
     make_library,
     read_json,
 )
-from mesh_transformer.data.vocabulary_files import make_affix_processor, read_bert, read_byte_level
+from mesh_transformer.data.vocabulary_files import (
+    CLASS_TOKENS,
+    MODEL_CLASSES,
+    make_affix_processor,
+    read_bert,
+    read_byte_level,
+)
 
 CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
@@ -55,7 +61,9 @@ class FolderTokenizer(NamedTuple):
     """The vocabulary of a model folder, and the additions in its other files."""
 
     table: dict[str, Any]  # content of a tokenizer.json
-    additions: dict[str, Any]  # some of end_of_text, added_tokens, post_processor, clean_up_tokenization_spaces
+    # some of end_of_text, added_tokens, post_processor, clean_up_tokenization_spaces; and in named_tokens the special tokens,
+    # such as bos_token, that the tokenizer's class has although the files do not name them
+    additions: dict[str, Any]
     where: Path  # path of the vocabulary, for error messages
 
 
@@ -64,21 +72,22 @@ def read_folder(folder: Path) -> FolderTokenizer:
     config = read_optional(folder / CONFIG)
     name = _find_class(folder, config)
     if (folder / "tokenizer.json").is_file():
-        table = make_deterministic(read_json(folder / "tokenizer.json"), str(folder / "tokenizer.json"))
-        return FolderTokenizer(
-            table, read_additions(folder, table, folder / "tokenizer.json"), folder / "tokenizer.json"
-        )
+        path = folder / "tokenizer.json"
+        table = make_deterministic(read_json(path), str(path))
+        return FolderTokenizer(table, read_additions(folder, table, path, _find_declared_class(folder, config)), path)
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file() and name in _BYTE_LEVEL:
         table = make_deterministic(read_byte_level(folder, name, config), str(folder))
-        additions = read_additions(folder, table, folder)
+        additions = read_additions(folder, table, folder, name)
         return FolderTokenizer(table, additions | _make_post_processor(folder, table, additions), folder)
     if (folder / "vocab.txt").is_file() and name in _BERT:
         table = make_deterministic(read_bert(folder, config), str(folder))
-        return FolderTokenizer(table, read_additions(folder, table, folder), folder)
+        return FolderTokenizer(table, read_additions(folder, table, folder, name), folder)
     if holds_vocabulary(path.name for path in folder.iterdir()):
-        table, end = convert_with_transformers(folder)
+        table, named = convert_with_transformers(folder)
         known = find_end_of_text(table, make_library(table, str(folder)).get_vocab())
-        return FolderTokenizer(table, {} if end in (None, known) else {"end_of_text": end}, folder)
+        end = named.get("eos_token")
+        additions = {} if end in (None, known) else {"end_of_text": end}
+        return FolderTokenizer(table, additions | _select_unnamed(folder, named), folder)
     raise TokenizerError(
         f"{folder}: this folder has no tokenizer; add tokenizer.json, vocab.json with merges.txt, vocab.txt, tokenizer.model "
         "or another vocabulary that transformers reads"
@@ -95,17 +104,20 @@ def is_tokenizer_file(name: str) -> bool:
     return name in CONFIG_FILES or name.endswith((*_VOCABULARIES, "merges.txt"))
 
 
-def read_additions(folder: Path, table: Mapping[str, Any], where: Path) -> dict[str, Any]:
+def read_additions(folder: Path, table: Mapping[str, Any], where: Path, class_name: str | None) -> dict[str, Any]:
     """Return the additions of a folder's other files to its tokenizer.json `table`, which was read from `where`.
+
+    They include the special tokens of the tokenizer's class, unless the files mention them.
 
     Raises TokenizerError for damaged files.
     """
     config = read_optional(folder / CONFIG)
     files = {CONFIG: config, SPECIAL_TOKENS_MAP: read_optional(folder / SPECIAL_TOKENS_MAP)}
+    class_tokens = {name: t for name, t in CLASS_TOKENS.get(str(class_name), {}).items() if t in token_ids(table)}
     library = make_library(table, str(where))
     known = json.loads(library.to_str())["added_tokens"]
-    for token in _list_tokens(table, files, read_optional(folder / ADDED_TOKENS)):
-        library.add_tokens([token])
+    for token in _list_tokens(table, {**class_tokens, **_merge_config(files)}, read_optional(folder / ADDED_TOKENS)):
+        (library.add_special_tokens if token.special else library.add_tokens)([token])
     added = [token for token in json.loads(library.to_str())["added_tokens"] if token not in known]
     ids = library.get_vocab(with_added_tokens=True)
     end = name_special_tokens(files).get("eos_token")
@@ -116,7 +128,7 @@ def read_additions(folder: Path, table: Mapping[str, Any], where: Path) -> dict[
         additions["end_of_text"] = end
     if config.get("clean_up_tokenization_spaces") and table["model"].get("type") != "BPE":
         additions["clean_up_tokenization_spaces"] = True
-    return additions
+    return additions | _select_unnamed(folder, class_tokens)
 
 
 def name_special_tokens(files: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -143,8 +155,8 @@ def read_optional(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def convert_with_transformers(folder: Path) -> tuple[dict[str, Any], str | None]:
-    """Return the tokenizer.json that transformers makes of a folder's vocabulary, and its end of text.
+def convert_with_transformers(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the tokenizer.json that transformers makes of a folder's vocabulary, and its special tokens by name.
 
     No code from the folder is run. Raises TokenizerError.
     """
@@ -164,11 +176,19 @@ def convert_with_transformers(folder: Path) -> tuple[dict[str, Any], str | None]
             f"{folder}: transformers cannot convert this vocabulary: {' '.join(str(error).split())}; add a "
             "tokenizer.json"
         ) from None
-    return make_deterministic(table, str(folder)), tokenizer.eos_token
+    named = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name in NAMED_TOKENS}
+    return make_deterministic(table, str(folder)), named
+
+
+def _find_declared_class(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """Return the class in transformers, without the suffix "Fast", that a folder's files name or that its model type implies."""
+    model = read_optional(folder / MODEL_CONFIG)
+    name = config.get("tokenizer_class") or model.get("tokenizer_class")
+    return str(name).removesuffix("Fast") if name else MODEL_CLASSES.get(str(model.get("model_type")))
 
 
 def _find_class(folder: Path, config: Mapping[str, Any]) -> str:
-    """Return the name of the tokenizer's class in transformers, without the suffix "Fast"."""
+    """Return the class in transformers, without the suffix "Fast", that reads a folder without tokenizer.json."""
     model = read_optional(folder / MODEL_CONFIG)
     name = config.get("tokenizer_class") or model.get("tokenizer_class")
     if name and not name.startswith("PreTrainedTokenizer"):
@@ -178,6 +198,13 @@ def _find_class(folder: Path, config: Mapping[str, Any]) -> str:
     return "Qwen2Tokenizer" if str(model.get("model_type", "")).startswith("qwen") else "GPT2Tokenizer"
 
 
+def _select_unnamed(folder: Path, named: Mapping[str, str]) -> dict[str, Any]:
+    """Return {"named_tokens": ...} with the special tokens that the folder's files do not mention, or an empty dict."""
+    files = {name: read_optional(folder / name) for name in (CONFIG, SPECIAL_TOKENS_MAP)}
+    unnamed = {name: token for name, token in named.items() if name not in _merge_config(files)}
+    return {"named_tokens": unnamed} if unnamed else {}
+
+
 def _merge_config(files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return tokenizer_config.json; without an added_tokens_decoder, special_tokens_map.json overrides its values."""
     config = dict(files.get(CONFIG, {}))
@@ -185,10 +212,12 @@ def _merge_config(files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _list_tokens(
-    table: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]], added_tokens: Mapping[str, int]
+    table: Mapping[str, Any], merged: Mapping[str, Any], added_tokens: Mapping[str, int]
 ) -> Iterator[hf.AddedToken]:
-    """Yield the tokens that transformers adds to a vocabulary, in the order of TokenizersBackend.__init__."""
-    merged = _merge_config(files)
+    """Yield the tokens that transformers adds to a vocabulary or makes special, in the order of TokenizersBackend.__init__.
+
+    `merged` is the result of `_merge_config` with the special tokens of the class.
+    """
     extra = merged.get("extra_special_tokens") or merged.get("additional_special_tokens") or []
     extra = list(extra.values()) if isinstance(extra, dict) else extra
     other_named = {
@@ -197,7 +226,7 @@ def _list_tokens(
     named = [merged[name] for name in NAMED_TOKENS if merged.get(name)]
     named += [value for value in other_named.values() if isinstance(value, str)]
     special = {_content(token) for token in [*named, *extra]}
-    known = {token["content"] for token in list_added(table)}
+    known = {token["content"]: token for token in list_added(table)}
     if "added_tokens_decoder" in merged:
         listed = {int(i): _make_token(token, False) for i, token in merged["added_tokens_decoder"].items()}
     else:
@@ -208,12 +237,12 @@ def _list_tokens(
         }
     for _, token in sorted(listed.items()):
         token.special = token.special or token.content in {_content(token) for token in named}
-        known.add(token.content)
         yield token
+    done = {token.content for token in listed.values()} | {name for name, token in known.items() if token["special"]}
     for token in [*named, *extra]:
-        if _content(token) not in known:
-            known.add(_content(token))
-            yield _make_token(token, True)
+        if _content(token) not in done:
+            done.add(_content(token))
+            yield _make_token(known.get(_content(token), token), True)
 
 
 def _content(token: Any) -> str:

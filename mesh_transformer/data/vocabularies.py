@@ -4,6 +4,7 @@
 
 import hashlib
 import json
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import tokenizers as hf
 
 # End-of-text tokens: GPT-2 and derivatives, Llama 3, Llama, Gemma. The first token that a vocabulary has is used.
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
-_UNREACHABLE = "\ufdd0"  # a Unicode noncharacter, which no text contains
+_NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+# Characters that no text contains: 32 Unicode noncharacters, chosen at random when the program starts.
+ABSENT_FROM_TEXTS = "".join(secrets.choice(_NONCHARACTERS) for _ in range(32))
 
 
 class TokenizerError(ValueError):
@@ -105,9 +108,10 @@ def merge_additions(table: Mapping[str, Any], additions: Mapping[str, Any]) -> d
 
 def mark_special(table: Mapping[str, Any], name: str, token: int) -> dict[str, Any]:
     """Return a tokenizer.json in which the token `name` with id `token` is special."""
-    if any(added["content"] == name and added["special"] for added in list_added(table)):
-        return dict(table)
-    return merge_additions(table, {"added_tokens": [make_added_token(name, token)]})
+    known = {added["content"]: added for added in list_added(table)}
+    return merge_additions(
+        table, {"added_tokens": [{**known.get(name, make_added_token(name, token)), "special": True}]}
+    )
 
 
 def make_added_token(name: str, token: int) -> dict[str, Any]:
@@ -118,7 +122,7 @@ def make_added_token(name: str, token: int) -> dict[str, Any]:
 
 def rename_tokens(table: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """Return a tokenizer.json for encoding in which the tokens `names` have names that no text contains."""
-    new = {name: _UNREACHABLE + name for name in names}
+    new = {name: ABSENT_FROM_TEXTS + name for name in names}
     model = dict(table["model"])
     if isinstance(model["vocab"], list):
         model["vocab"] = [[new.get(name, name), score] for name, score in model["vocab"]]

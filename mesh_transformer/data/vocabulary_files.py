@@ -14,6 +14,34 @@ _QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+_BERT_TOKENS = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
+_LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+# Special tokens that the classes of transformers have if a model's files do not name them.
+CLASS_TOKENS: Mapping[str, Mapping[str, str]] = {
+    "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), _GPT2_END),
+    "GPTNeoXTokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), _GPT2_END)
+    | {"pad_token": "<|padding|>"},
+    "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), _GPT2_END),
+    "BertTokenizer": _BERT_TOKENS,
+    "DistilBertTokenizer": _BERT_TOKENS,
+    "ElectraTokenizer": _BERT_TOKENS,
+    "AlbertTokenizer": _BERT_TOKENS
+    | {"bos_token": "[CLS]", "eos_token": "[SEP]", "unk_token": "<unk>", "pad_token": "<pad>"},
+    "LlamaTokenizer": _LLAMA_TOKENS,
+    "GemmaTokenizer": {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "unk", "pad", "mask")},
+    "T5Tokenizer": {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
+}
+# Classes of the model types whose files may not name a class.
+MODEL_CLASSES = {
+    **dict.fromkeys(("gpt2", "gptj", "gpt_neo"), "GPT2Tokenizer"),
+    **dict.fromkeys(("bert", "distilbert", "electra"), "BertTokenizer"),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text"), "GemmaTokenizer"),
+    **dict.fromkeys(("t5", "mt5", "switch_transformers"), "T5Tokenizer"),
+    "albert": "AlbertTokenizer",
+    "gpt_neox": "GPTNeoXTokenizer",
+    "llama": "LlamaTokenizer",
+}
+
 
 def read_byte_level(folder: Path, class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Read the vocab.json and merges.txt of GPT2Tokenizer or Qwen2Tokenizer; `config` is tokenizer_config.json."""

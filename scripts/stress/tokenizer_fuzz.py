@@ -9,8 +9,9 @@ examples:
       compare with PreTrainedTokenizerFast, which reads only tokenizer.json
 
 Texts have spaces, tabs, line ends, CJK, emoji joined by U+200D, combining marks, right-to-left scripts, digits, code,
-NUL, long runs, and special tokens written as text. The comparison covers: ids with and without added special tokens, with special
-tokens parsed and as text; decoded texts with and without special tokens, of these ids and of random ids; incremental
+NUL, noncharacters, long runs, and special tokens written as text. The comparison covers: ids with and without added special
+tokens, with special tokens parsed and as text; ids and token types of pairs of texts; errors at lone surrogates; decoded
+texts with and without special tokens, of these ids and of random ids; incremental
 decoding in random steps; prompts of random chats, if there is a chat template. Random ids exclude the tokens of single
 bytes, which this project decodes differently on purpose (mesh_transformer/data/tokenizers.py).
 
@@ -24,12 +25,13 @@ import json
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mesh_transformer.cli import make_parser, run_command
 from mesh_transformer.data.chat_template import ChatTemplate
+from mesh_transformer.data.file_tokenizer import FileTokenizer
 from mesh_transformer.data.stream_decoder import StreamDecoder
 from mesh_transformer.data.tokenizers import Tokenizer, load_tokenizer
 from mesh_transformer.data.vocabularies import TokenizerError
@@ -42,9 +44,25 @@ WORDS = (
     "\u4e2d\u6587", "\u65e5\u672c\u8a9e", "\ud55c\uad6d\uc5b4", "\u0e44\u0e17\u0e22", "\u0939\u093f\u0928\u094d\u0926\u0940",
     "\u0627\u0644\u0639\u0631\u0628\u064a\u0629", "\u05e9\u05dc\u05d5\u05dd", "\u202e", "\u0440\u0443\u0441",
     "\U0001f600", "\U0001f469\u200d\U0001f680", "\U0001f1e9\U0001f1ea", "\U0001f44d\U0001f3fd", "\U00012000", "\U0010ffff",
-    "e\u0301", "\u00e9", "\u0301", "a\u0308\u0323", "\ufb01", "\uff21", "\u2126", "\u1e9b\u0323", "\u00df", "\u0130", "\ufdd0",
+    "e\u0301", "\u00e9", "\u0301", "a\u0308\u0323", "\ufb01", "\uff21", "\u2126", "\u1e9b\u0323", "\u00df", "\u0130",
+    "\ufdd0", "\ufdef", "\ufffe", "\uffff", "\U0001fffe", "\ue000", "\u0085", "\u00ad", "\u2060",
+    "\u200e", "\x7f", "\x1b[0m", "\v\f",
+    "\ufdd0</s>", "</s", "<|im_", "\u2581\u2581", "\ufdfa", "\u2460", "\u01c5", "\u017f", "\u1112\u1161\u11ab", "\U0001d504",
+    "z\u0335\u0310\u0342\u0489", "\U0001f468\u200d\U0001f469\u200d\U0001f467",
+    "\U0001f3f4\U000e0067\U000e0062\U000e007f", "1\ufe0f\u20e3",
     "na\u00efve", "\u00c5ngstr\u00f6m", "caf\u00e9", "``", "''", "~", "^", "\u201cquoted\u201d", "\u2014", "\u20ac",
 )  # fmt: skip
+LONG_RUNS = (
+    " " * 5000,
+    "a" * 5000,
+    "\u4e2d" * 2000,
+    "ab " * 2000,
+    "\n" * 2000,
+    "1" * 2000,
+    "\U0001f600\u200d" * 700,
+    "e" + "\u0301" * 900,
+)
+SURROGATES = ("\ud800", "a\ud83db", "\ude00\ud83d", "the \udfff</s>", "\ud83d" * 100)
 SPECIAL = ("<s>", "</s>", "<unk>", "<pad>", "<|endoftext|>", "<|im_start|>", "[CLS]", "[SEP]", "[MASK]", "<extra_id_0>")
 
 
@@ -107,19 +125,36 @@ def compare(folder: Path, reference: Any, texts: int, seed: int) -> list[Differe
     found += compare_random_ids(tokenizer, reference, rng, texts)
     if reference.chat_template:
         found += compare_chats(folder, tokenizer, reference, rng, texts // 10)
-    try:
-        tokenizer.encode("a\ud83db")
-        found.append(Difference("lone surrogate", "a\\ud83db", "an error", "none"))
-    except TokenizerError:
-        pass
+    return found + compare_surrogates(tokenizer, reference)
+
+
+def compare_surrogates(tokenizer: Tokenizer, reference: Any) -> list[Difference]:
+    """Return the ways of encoding that accept lone surrogates; transformers rejects them."""
+    found = []
+    for text in SURROGATES:
+        ways: dict[str, Callable[[], object]] = {
+            "encode": lambda text=text: tokenizer.encode(text),
+            "encode, special tokens parsed": lambda text=text: tokenizer.encode(text, parse_special=True),
+            "encode_batch": lambda text=text: tokenizer.encode_batch(["a", text]),
+            "reference": lambda text=text: reference.encode(text),
+        }
+        if isinstance(tokenizer, FileTokenizer):
+            ways["encode_pair"] = lambda text=text: tokenizer.encode_pair("a", text)
+        for way, call in ways.items():
+            try:
+                call()
+                found.append(Difference(f"lone surrogates: {way}", ascii(text), "an error", "none"))
+            except (TokenizerError, TypeError) as error:
+                if way != "reference" and not isinstance(error, TokenizerError):
+                    found.append(Difference(f"lone surrogates: {way}", ascii(text), "TokenizerError", repr(error)))
     return found
 
 
 def make_texts(rng: random.Random, count: int, special: list[str]) -> Iterator[str]:
     """Yield texts of random words, one in five with special tokens; also single words and long runs."""
     yield ""
-    yield from WORDS[:count]
-    for number in range(count - len(WORDS)):
+    yield from (*WORDS, *LONG_RUNS)[:count]
+    for number in range(count - len(WORDS) - len(LONG_RUNS)):
         words = [rng.choice(WORDS) for _ in range(rng.randrange(1, 25))]
         if number % 5 == 0:
             words.insert(rng.randrange(len(words)), rng.choice(special))
@@ -144,6 +179,12 @@ def compare_text(tokenizer: Tokenizer, reference: Any, text: str, rng: random.Ra
     # transformers' word-level tokenizers find special tokens in a text even so; this project never does.
     if own != as_text and not set(as_text) & set(reference.all_special_ids) - {reference.unk_token_id}:
         found.append(Difference("ids, special tokens as text", repr(text), str(as_text), str(own)))
+    if isinstance(tokenizer, FileTokenizer):
+        second = rng.choice(WORDS)
+        pair = reference(text, second, return_token_type_ids=True)
+        expected, got = (pair["input_ids"], pair["token_type_ids"]), tokenizer.encode_pair(text, second)
+        if got != expected:
+            found.append(Difference("pair of texts", repr((text, second)), str(expected), str(got)))
     return found + compare_decoding(tokenizer, reference, ids, rng)
 
 
@@ -183,17 +224,19 @@ def compare_chats(
     """Compare the prompts of random chats, whose messages have no special tokens."""
     texts = {path.name: path.read_bytes().decode() for path in folder.glob("*") if path.suffix in (".json", ".jinja")}
     template = ChatTemplate(tokenizer, {"carried": texts})
+    special = list(reference.get_added_vocab())
+    words = [word for word in WORDS if not any(token in word for token in special)]
     found = []
     for _ in range(count):
-        turns = [("".join(rng.choices(WORDS, k=8)), "".join(rng.choices(WORDS, k=8))) for _ in range(rng.randrange(3))]
+        turns = [("".join(rng.choices(words, k=8)), "".join(rng.choices(words, k=8))) for _ in range(rng.randrange(3))]
         chat = [
             {"role": role, "content": text}
             for turn in turns
             for role, text in zip(("user", "assistant"), turn, strict=True)
         ]
-        chat.append({"role": "user", "content": "".join(rng.choices(WORDS, k=8))})
+        chat.append({"role": "user", "content": "".join(rng.choices(words, k=8))})
         if rng.randrange(2):
-            chat.insert(0, {"role": "system", "content": "".join(rng.choices(WORDS, k=5))})
+            chat.insert(0, {"role": "system", "content": "".join(rng.choices(words, k=5))})
         expected, got = prompt_of_reference(reference, chat), prompt_of_template(template, chat)
         if got != expected:
             found.append(Difference("chat prompt", str(chat), str(expected), str(got)))

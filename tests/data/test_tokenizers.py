@@ -498,6 +498,24 @@ def test_special_tokens_in_pieces_stay_text() -> None:
     assert tokenizer.decode(tokenizer.encode("the th. ing"), skip_special_tokens=False) == "the th. ing"
 
 
+def test_names_with_noncharacters_do_not_become_special() -> None:
+    tokenizer = FileTokenizer(pieces())
+    for noncharacters in ("\ufdd0", "\ufdd0\ufdef", "\uffff"):
+        assert 1 not in tokenizer.encode(f"th{noncharacters}</s>")
+
+
+def test_errors_of_the_library_give_a_reason() -> None:
+    tokenizer = FileTokenizer(word_pieces())
+    assert tokenizer.encode_pair("the", "thing") == ([2, 4, 3, 5, 6, 3], [0, 0, 0, 1, 1, 1])
+    for pair in (("a\ud800", "b"), ("a", "b\ud800")):
+        with pytest.raises(TokenizerError, match=r"lone surrogate U\+D800 at character 1"):
+            tokenizer.encode_pair(*pair)
+    table = pieces()
+    table["model"]["unk_id"] = None  # the library then fails at unknown characters
+    with pytest.raises(TokenizerError, match=r"the vocabulary cannot encode a text: .*use another tokenizer"):
+        FileTokenizer(table)
+
+
 def test_spaces_are_cleaned_up_as_by_transformers() -> None:
     tokenizer = FileTokenizer(word_pieces(), {"clean_up_tokenization_spaces": True})
     assert tokenizer.decode([12, 10, 9, 11, 8]) == "don't."

@@ -15,7 +15,9 @@ from gguf import TokenType
 
 from mesh_transformer.convert.gguf.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 from mesh_transformer.convert.gguf.unigram import SPACE, make_unigram, make_wordpiece
+from mesh_transformer.data.tokenizer_files import token_ids
 from mesh_transformer.data.tokenizers import tokenizer_from_json
+from mesh_transformer.data.vocabulary_files import make_affix_processor
 from mesh_transformer.storage.errors import CheckpointError
 
 KINDS = ("gpt2", "llama", "t5", "bert")
@@ -61,15 +63,10 @@ def read_tokenizer(metadata: Mapping[str, Any], where: object) -> dict[str, Any]
         for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
         if kind in added_types
     ]
-    table["post_processor"] = _make_post_processor(
-        [
-            named[name]
-            for name, wanted in zip(first_and_last, (adds_bos, adds_eos), strict=True)
-            if wanted and name in named
-        ],
-        tokens,
-        adds_bos,
-    )
+    before = named.get(first_and_last[0]) if adds_bos else None
+    after = named.get(first_and_last[1]) if adds_eos else None
+    adds_none = before is None and after is None
+    table["post_processor"] = None if adds_none else make_affix_processor(token_ids(table), before, after)
     special = {key: value for key, value in ids.items() if value is not None and key != "unk_token_id"}
     ends_of_text = [i for i in (ids["eos_token_id"], metadata.get(END_OF_TURN)) if i is not None]
     template = metadata.get("tokenizer.chat_template")
@@ -201,15 +198,3 @@ def derive_merges(tokens: Sequence[str], vocabulary: Mapping[str, int], scores: 
             if left in allowed and right in allowed:
                 keyed.append((-score, vocabulary[left], vocabulary[right], left, right))
     return [[left, right] for *_, left, right in sorted(keyed)]
-
-
-def _make_post_processor(added: Sequence[str], tokens: Sequence[str], adds_bos: bool) -> dict[str, Any] | None:
-    """Return the post-processor that adds special tokens before and after a text, or None if `added` is empty."""
-    if not added:
-        return None
-    added_tokens = [{"SpecialToken": {"id": token, "type_id": 0}} for token in added]
-    text: dict[str, Any] = {"Sequence": {"id": "A", "type_id": 0}}
-    single = [added_tokens[0], text, *added_tokens[1:]] if adds_bos else [text, *added_tokens]
-    ids = {token: {"id": token, "ids": [tokens.index(token)], "tokens": [token]} for token in added}
-    second = json.loads(json.dumps(single).replace('"A"', '"B"').replace('"type_id": 0', '"type_id": 1'))
-    return {"type": "TemplateProcessing", "single": single, "pair": [*single, *second], "special_tokens": ids}

@@ -82,6 +82,14 @@ def test_first_token_and_several_ends():
     assert json.loads(after["carried"]["generation_config.json"])["eos_token_id"] == [2, 0]
 
 
+def test_an_end_without_a_beginning_is_added_after_the_text():
+    values = write(make_meta(llama_table(), eos_token_id=2), 267)
+    values |= {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": True}
+    values.pop("tokenizer.ggml.bos_token_id", None)
+    tokenizer = tokenizer_from_json(read_tokenizer(values, "m")["tokenizer"])
+    assert tokenizer.encode("hi", add_special_tokens=True) == [*tokenizer.encode("hi"), 2]
+
+
 def test_merges_that_sentencepiece_would_not_make_are_refused():
     table = llama_table()
     table["model"]["merges"] = ["\u2581 hi"]  # without "h i", which the vocabulary implies
