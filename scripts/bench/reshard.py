@@ -2,18 +2,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convert between all checkpoint formats at a realistic size: speed next to cp, peak memory, largest logit difference.
 
-A GPT-J-shaped model with random weights is created as a Hugging Face folder, and reshard_checkpoint.py converts it between
-all pairs of formats. Before and after each conversion the source is copied with cp and synced to disk. The ratio of a
-round is the time of the faster copy divided by the conversion's time to write, both synced to disk; the ratio of a pair of
-formats is the median of its rounds. A conversion also reads all data twice for verification, which is reported separately.
+A model with random weights, a GPT-J or for GGUF a Llama, is created as a Hugging Face folder, and reshard_checkpoint.py
+converts it between all pairs of formats. Before and after each conversion the source is copied with cp and synced to disk.
+The ratio of a round is the time that the faster copy would take for a file of the size of the result, divided by the
+conversion's time to write, both synced to disk; the ratio of a pair of formats is the median of its rounds. (A quantized
+source becomes a result of two to seven times its size.) A conversion also reads all data twice for verification, which is
+reported separately.
 
 examples:
   python scripts/bench/reshard.py
       2.4 GB, a memory limit of 256 MB
   python scripts/bench/reshard.py --layers 4 --max-memory 1G --json
       a small model
-  python scripts/bench/reshard.py --fp8 --layers 30
-      a model in FP8 with scales of blocks, 1 GB, which becomes bfloat16
+  python scripts/bench/reshard.py --quantized fp8 --layers 16
+      a model in FP8 with scales of blocks, 0.8 GB, which becomes 1.2 GB of bfloat16
+  python scripts/bench/reshard.py --quantized Q8_0 --layers 8
+      a GGUF file, 0.4 GB, which becomes 1.5 GB of float32
 
 exit status: 0 done, 1 failed, 2 wrong usage
 """
@@ -27,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +41,17 @@ from mesh_transformer.cli import make_parser, run_command
 from mesh_transformer.config import ModelConfig
 from mesh_transformer.config.presets import PRESETS
 from mesh_transformer.convert.huggingface.families import FAMILIES
-from mesh_transformer.convert.huggingface.reader import find_family
+from mesh_transformer.convert.huggingface.reader import find_family, pack_tensors
 from mesh_transformer.convert.huggingface.tensor_files import TensorSpec, create_safetensors, write_values
-from mesh_transformer.convert.lazy_arrays import to_dtype
+from mesh_transformer.convert.import_plan import PREFIX
+from mesh_transformer.convert.lazy_arrays import FLOAT32, FileArray, to_dtype
+from mesh_transformer.model.params import flatten_names
+from mesh_transformer.model.shapes import describe_params
 
 PROGRAM = Path(__file__).parents[1] / "reshard_checkpoint.py"
 FORMATS = ("huggingface", "native", "gptj-v1")
-FP8 = "float8_e4m3fn"
+FP8 = "fp8"  # of --quantized
+FP8_TYPE = "float8_e4m3fn"
 FP8_BLOCK, FP8_STEP = 128, 1e-3  # size of a block, and its scale
 
 
@@ -59,16 +68,23 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--folder", type=Path, help="folder with space for four copies of the model; default: a temporary folder"
     )
-    parser.add_argument("--fp8", action="store_true", help="convert only from a Hugging Face folder in FP8, to native")
+    parser.add_argument(
+        "--quantized",
+        metavar="TYPE",
+        help='convert only a quantized model, to native: "fp8", or the type of a GGUF file, such as Q8_0',
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         root = Path(temporary)
-        make_model_folder(root / "huggingface", options.layers, FP8 if options.fp8 else "float32")
+        make_model_folder(root / "huggingface", options.layers, options.quantized)
         first = [(FORMATS[0], target) for target in FORMATS[1:]]  # writes the sources of the other pairs
         pairs = [*first, *(pair for pair in itertools.product(FORMATS, FORMATS) if pair not in first)]
-        if options.fp8:
+        if options.quantized == FP8:
             pairs = first[:1]
+        elif options.quantized:
+            convert(root, "huggingface", "gguf", options.max_memory, ["--gguf-type", options.quantized])
+            pairs = [("gguf", "native")]
         rows = []
         for source, target in pairs:
             rounds = [convert(root, source, target, options.max_memory) for _ in range(options.rounds)]
@@ -89,24 +105,33 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def make_model_folder(folder: Path, n_layers: int, dtype: str = "float32") -> None:
-    """Write a GPT-J with narrow layers and random weights as a Hugging Face folder with one safetensors file.
+def make_model_folder(folder: Path, n_layers: int, quantized: str | None = None) -> None:
+    """Write a model with narrow layers and random weights as a Hugging Face folder with one safetensors file.
 
-    With the dtype FP8, the matrices of layers have scales of blocks, as in DeepSeek V3, and the rest is bfloat16.
+    It is a GPT-J in float32, or a Llama if it will be `quantized` as a GGUF file. With FP8, the matrices of layers have
+    scales of blocks, as in DeepSeek V3, and the rest is bfloat16.
     """
-    sizes: dict[str, Any] = dict(n_layers=n_layers, d_model=1536, n_heads=16, rope_dims=32)
-    config = ModelConfig(**PRESETS["gptj-6b"] | sizes)
+    is_fp8 = quantized == FP8
+    sizes: dict[str, Any] = {"n_layers": n_layers, "d_model": 1536, "n_heads": 16}
+    if quantized and not is_fp8:
+        config = ModelConfig(**PRESETS["llama-7b"] | sizes | {"d_ff": 6144})
+    else:
+        config = ModelConfig(**PRESETS["gptj-6b"] | sizes | {"rope_dims": 32})
     family, table = find_family(config)
     folder.mkdir()
-    shapes = tensor_shapes(config, family)
-    specs = {name: TensorSpec(shape, to_dtype("bfloat16" if dtype == FP8 else dtype)) for name, shape in shapes.items()}
-    if dtype == FP8:
+    native = {
+        PREFIX + name: FileArray(folder, 0, info.shape, FLOAT32)
+        for name, info in flatten_names(describe_params(config)).items()
+    }
+    shapes = {name: tensor.shape for name, tensor in pack_tensors(config, native, FAMILIES[family]).items()}
+    specs = {name: TensorSpec(shape, to_dtype("bfloat16" if is_fp8 else "float32")) for name, shape in shapes.items()}
+    if is_fp8:
         table |= {
             "dtype": "bfloat16",
             "quantization_config": {"quant_method": "fp8", "weight_block_size": [FP8_BLOCK] * 2},
         }
         for name in [name for name, shape in shapes.items() if ".h." in name and len(shape) == 2]:
-            specs[name] = TensorSpec(shapes[name], to_dtype(FP8))
+            specs[name] = TensorSpec(shapes[name], to_dtype(FP8_TYPE))
             blocks = tuple(-(-dim // FP8_BLOCK) for dim in shapes[name])
             specs[f"{name}_scale_inv"] = TensorSpec(blocks, to_dtype("float32"))
     (folder / "config.json").write_text(json.dumps(table))
@@ -117,30 +142,16 @@ def make_model_folder(folder: Path, n_layers: int, dtype: str = "float32") -> No
         values = rng.standard_normal(target.shape, np.float32) * scale + mean
         if name.endswith("_scale_inv"):
             values = np.full(target.shape, FP8_STEP, np.float32)
-        elif target.dtype == to_dtype(FP8):
+        elif target.dtype == to_dtype(FP8_TYPE):
             values /= FP8_STEP
         write_values(target, 0, values.astype(target.dtype))
 
 
-def tensor_shapes(config: ModelConfig, family: str) -> dict[str, tuple[int, ...]]:
-    """Return the tensor shapes of a model of this family; n_heads * d_head must equal d_model."""
-    sizes = {"embed": config.d_model, "ff": config.ff_dim, "vocab": config.n_vocab}
-    shapes = {}
-    for mapping in FAMILIES[family].mappings.values():
-        if mapping.name.endswith("_proj.bias"):  # absent from GPT-J
-            continue
-        pattern = mapping.pattern.replace("(heads head_dim)", "embed").replace("(kv_heads head_dim)", "embed")
-        shape = tuple(sizes[word] for word in pattern.split())
-        for i in range(config.n_layers) if "{i}" in mapping.name else [0]:
-            shapes[mapping.name.replace("{i}", str(i))] = shape
-    return shapes
-
-
-def convert(root: Path, source: str, target: str, max_memory: str) -> dict[str, Any]:
+def convert(root: Path, source: str, target: str, max_memory: str, more: Sequence[str] = ()) -> dict[str, Any]:
     """Convert once and return the measurements; the source is copied before and after. A format's first result is kept."""
     result = root / f"{source}-to-{target}"
     command = [sys.executable, str(PROGRAM), str(root / source), str(result), "--format", target, "--verify", "own"]
-    command += ["--max-memory", max_memory, "--json"]
+    command += ["--max-memory", max_memory, "--json", *more]
     if source == "gptj-v1":
         command += ["--source-config", str(root / source / "config.json")]
     seconds_before = copy(root / source, root / "copy")
@@ -164,7 +175,7 @@ def convert(root: Path, source: str, target: str, max_memory: str) -> dict[str, 
         "target": target,
         "cp_mb_per_s": cp_rate,
         "written_mb_per_s": rate,
-        "ratio": cp_seconds / report["write_seconds"],
+        "ratio": rate / cp_rate,
     }
     return row | {key: report[key] for key in ("bytes", "peak_memory_mb", "mb_per_s", "max_logit_difference")}
 
