@@ -112,11 +112,10 @@ def make_model_folder(folder: Path, n_layers: int, quantized: str | None = None)
     scales of blocks, as in DeepSeek V3, and the rest is bfloat16.
     """
     is_fp8 = quantized == FP8
-    sizes: dict[str, Any] = {"n_layers": n_layers, "d_model": 1536, "n_heads": 16}
-    if quantized and not is_fp8:
-        config = ModelConfig(**PRESETS["llama-7b"] | sizes | {"d_ff": 6144})
-    else:
-        config = ModelConfig(**PRESETS["gptj-6b"] | sizes | {"rope_dims": 32})
+    is_llama = quantized is not None and not is_fp8
+    sizes: dict[str, Any] = {"d_ff": 6144} if is_llama else {"rope_dims": 32}
+    sizes |= {"n_layers": n_layers, "d_model": 1536, "n_heads": 16}
+    config = ModelConfig(**PRESETS["llama-7b" if is_llama else "gptj-6b"] | sizes)
     family, table = find_family(config)
     folder.mkdir()
     native = {
