@@ -28,7 +28,7 @@ SLOTS, QUEUE, MAX_BODY, BODY_SECONDS = 2, 4, 20_000, 1.5
 class Server:
     """A server process and a client for it."""
 
-    def __init__(self, folder: Path, **settings: float):
+    def __init__(self, folder: Path, **settings: float | str):
         limits = dict(
             slots=SLOTS,
             max_queue=QUEUE,
@@ -38,7 +38,7 @@ class Server:
             **settings,
         )
         command = [sys.executable, "device_serve.py", str(folder), "--port", "0", "--token-file", str(folder / "token")]
-        command += [f"--set=serve.{name}={value}" for name, value in limits.items()]
+        command += [f"--set=serve.{name}={json.dumps(value)}" for name, value in limits.items()]
         self.errors = (folder / "stderr").open("w+")
         self.client = None
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=self.errors, text=True)

@@ -115,6 +115,9 @@ class CompletionTask:
         metrics = self._service.metrics
         self._service.engine_thread.close(self._pending)
         metrics.generated_tokens.inc(self._pending.n_generated)
+        for request in self._pending.requests:
+            metrics.draft_tokens.inc(request.speculative.draft_tokens)
+            metrics.accepted_tokens.inc(request.speculative.accepted_tokens)
         if self._pending.open:
             metrics.canceled.inc()
         metrics.seconds.observe(time.monotonic() - self._start)

@@ -22,6 +22,9 @@ class ServerMetrics:
         self.requests = Counter("requests", "HTTP responses", ["path", "status"], **options)
         self.prompt_tokens = Counter("prompt_tokens", "Prompt tokens", **options)
         self.generated_tokens = Counter("generated_tokens", "Generated tokens", **options)
+        # the names of vLLM
+        self.draft_tokens = Counter("spec_decode_num_draft_tokens", "Draft tokens that the model verified", **options)
+        self.accepted_tokens = Counter("spec_decode_num_accepted_tokens", "Draft tokens that it accepted", **options)
         self.canceled = Counter("canceled", "Completions canceled before their end", **options)
         self.first_token = Histogram(
             "first_token_seconds", "Time to the first token of a completion", buckets=SECONDS, **options

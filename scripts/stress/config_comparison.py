@@ -25,8 +25,10 @@ EQUIVALENT = {
 }
 
 
-def _plain(value: Any) -> Any:
-    """Return a value of config.json in the form that exports have: other names of activations, rope parameters in full."""
+def _plain(value: Any, n_layers: int) -> Any:
+    """Return a value of config.json as exports have it: activations by one name, rope parameters in full, n_layers items."""
+    if isinstance(value, list):
+        return value[:n_layers]
     if isinstance(value, str):
         return config_map.ACTIVATIONS.get(value, value)
     if not isinstance(value, dict) or "rope_theta" not in value:
@@ -43,6 +45,8 @@ def compare_configs(
     pattern += "" if model.rope_scaling else "|original_max_position_embeddings"
     pattern += "" if "local" in model.attention_pattern else "|sliding_window"
     compared = {key for key in keys - EQUIVALENT.get(kind, set()) if not re.search(pattern, key)}
-    pairs = {key: (_plain(before.get(key)), _plain(after.get(key))) for key in sorted(compared)}
+    pairs = {
+        key: tuple(_plain(table.get(key), model.n_layers) for table in (before, after)) for key in sorted(compared)
+    }
     changed = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
     return f"keys differ: {changed}" if changed else ""

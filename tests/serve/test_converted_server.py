@@ -1,6 +1,9 @@
 # SPDX-FileCopyrightText: Mesh Transformer contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The server of a converted model: prompts begin, texts end, and sampling defaults are as its Hugging Face files say."""
+"""The server of a converted model: prompts begin, texts end, and sampling defaults are as its Hugging Face files say.
+
+It decodes speculatively, which changes no output.
+"""
 
 import pytest
 from hf_folders import make_llama, only_ascii, save_folder, with_template
@@ -35,7 +38,7 @@ def server(folder, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "converted"
     mt.reshard(folder, run)
     (run / "token").write_text(TOKEN + "\n")
-    server = Server(run)
+    server = Server(run, speculative="prompt-lookup")
     server.wait()
     yield server
     server.kill()
@@ -58,6 +61,14 @@ def test_completions_are_those_of_transformers(server, folder):
     assert longer == generate(folder, "hi there", max_new_tokens=20, repetition_penalty=1.0)
     drawn = [server.complete(prompt="hi there", temperature=2.0, seed=i)["choices"][0]["text"] for i in range(3)]
     assert len(set(drawn)) == 3, "a request can sample"
+
+
+def test_draft_tokens_are_counted(server):
+    names = [f"mesh_transformer_spec_decode_num_{kind}_tokens_total" for kind in ("draft", "accepted")]
+    before = [server.metric(name) for name in names]
+    server.complete(prompt="a a a a a a a a", max_tokens=9, logit_bias={"71": 100})
+    drafted, accepted = (server.metric(name) - earlier for name, earlier in zip(names, before, strict=True))
+    assert drafted >= accepted > 0, "the tokens repeat, so some of them are drafted"
 
 
 def test_special_tokens_of_prompts(server):
