@@ -65,9 +65,8 @@ class ModelConfig:
     position_padding_token: NonNegativeInt | None = None
     t5_buckets: PositiveInt = 32  # rows of the relative position bias (T5)
     t5_max_distance: PositiveInt = 128  # all greater distances share the last bucket (T5)
-    t5_shared_bias: bool = (
-        True  # all layers of a stack share the table of the bias (T5); false: each has its own (umT5)
-    )
+    # all layers of a stack share the table of the bias (T5); false: each layer has its own (umT5)
+    t5_shared_bias: bool = True
     rope_dims: PositiveInt | None = None  # leading channels of a head that are rotated; None: all
     rope_theta: PositiveFloat = 10_000.0  # base of the rotation frequencies
     # base in local layers, where rope_scaling then does not apply (Gemma 3); None: as in global layers

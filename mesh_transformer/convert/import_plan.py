@@ -92,8 +92,6 @@ def make_model_config(model: Mapping[str, Any], where: object) -> ModelConfig:
             ": ".join(filter(None, [".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")]))
             for e in error.errors()
         )
-        if "rope_scaling" in reasons:
-            reasons += " (rope_scaling is rope_parameters in config.json of transformers 5)"
         raise CheckpointError(f"{where}: describes a model that is not supported: {reasons}") from None
 
 

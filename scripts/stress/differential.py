@@ -307,7 +307,8 @@ class Bench:
             return name, f"{type(error).__name__}: {str(error)[:100]}"
         try:
             plan = open_huggingface(folder)
-            if plan.config.positions == "learned" and plan.config.seq_len < tokens.shape[1]:
+            has_table = plan.config.positions == "learned" or self.kind == "mpt"  # MPT: of biases
+            if has_table and plan.config.seq_len < tokens.shape[1]:
                 return (
                     "not loadable",
                     f"{tokens.shape[1]} tokens exceed the {plan.config.seq_len} positions of the model",

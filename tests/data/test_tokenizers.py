@@ -148,13 +148,13 @@ texts = [" ".join(f"word{i}" for i in range(part, 40_000, 8)) for part in range(
 for _ in range(2):
     pickle.loads(sent).encode_batch(texts)
 before = resident_mb()
-for _ in range(6):
+for _ in range(16):
     pickle.loads(sent).encode_batch(texts)
 print(resident_mb() - before)
 """  # in a separate process: the memory of the test process varies by 10 MB
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, input=json.dumps(small_table()), capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 8
+    assert float(done.stdout) < 40, "16 objects would leak 80 MB"
 
 
 @pytest.mark.parametrize("tokenizer", ALL, indirect=True)

@@ -218,7 +218,12 @@ def _read_windows(s: HFConfig, n_layers: int) -> dict[str, Any]:
         s.was_read |= {"sliding_window", "max_window_layers"}  # these keys have no effect without a window
     else:
         return {}
-    pattern = read_layer_types(s, kinds, n_layers)
+    return read_windows_of(s, kinds, window, n_layers)
+
+
+def read_windows_of(s: HFConfig, types: list[str], window: int | None, n_layers: int) -> dict[str, Any]:
+    """Return the fields for layers of these layer_types. Raise CheckpointError if they need a window and there is none."""
+    pattern = read_layer_types(s, types, n_layers)
     if "local" not in pattern:
         return {}
     if window is None:

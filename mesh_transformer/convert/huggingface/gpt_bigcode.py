@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """GPT-BigCode: SantaCoder (arXiv 2301.03988) and StarCoder (arXiv 2305.06161): tensor names and config.json."""
 
+import json
 from typing import Any
 
 from mesh_transformer.config import ModelConfig
@@ -16,6 +17,7 @@ from mesh_transformer.convert.huggingface.tensor_map import (
     norms,
     split_qkv_by_group,
 )
+from mesh_transformer.storage.errors import CheckpointError
 
 TENSORS = {
     "w_tokens": TensorMapping("transformer.wte.weight", "vocab embed"),
@@ -33,7 +35,12 @@ def read_config(s: HFConfig) -> dict[str, Any]:
     """Return the [model] section for a GPTBigCodeConfig."""
     s.require("add_cross_attention", False)
     kv_heads = 1 if s["multi_query"] else s["n_head"]
-    s.require("num_key_value_heads", kv_heads)  # a file may have this key, which the class computes from multi_query
+    stored = s.get("num_key_value_heads", default=kv_heads)  # a file may have it; the class computes it
+    if stored != kv_heads:
+        raise CheckpointError(
+            f"{s.where}: num_key_value_heads = {json.dumps(stored)} contradicts multi_query = {json.dumps(s['multi_query'])} "
+            f"and n_head = {s['n_head']}, which give {kv_heads}; correct one of them"
+        )
     return dict(
         n_layers=s["n_layer"],
         d_model=s["n_embd"],

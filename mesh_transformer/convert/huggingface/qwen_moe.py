@@ -8,8 +8,8 @@ from mesh_transformer.config import ModelConfig
 from mesh_transformer.convert.huggingface.config_map import (
     ACTIVATIONS,
     HF_ACTIVATIONS,
-    read_layer_types,
     read_sizes,
+    read_windows_of,
     require_full_rotation,
     write_layer_types,
     write_sizes,
@@ -77,8 +77,7 @@ def _read_windows(s: HFConfig, n_layers: int) -> dict[str, Any]:
     first = s["max_window_layers"] if window else 0
     alternating = [("sliding_attention", "full_attention")[i % 2 or i >= first] for i in range(n_layers)]
     s.was_read |= {"sliding_window", "max_window_layers"}
-    pattern = read_layer_types(s, s.get("layer_types", default=alternating), n_layers)
-    return dict(attention_pattern=pattern, attention_window=window) if window and "local" in pattern else {}
+    return read_windows_of(s, s.get("layer_types", default=alternating), window, n_layers)
 
 
 def write_config(c: ModelConfig) -> dict[str, Any]:

@@ -40,6 +40,13 @@ OPTIONAL_KEYS = (
 )  # fmt: skip
 COMPARED_ROWS = 4096  # rows of two copies of a matrix that are compared at once
 
+# native field -> keys of config.json that determine it, where errors about the field do not quote their values
+KEYS_OF_FIELDS = {
+    "rope_scaling": ("rope_parameters", "rope_scaling"),
+    "router_jitter": ("router_jitter_noise",),
+    "n_groups_per_token": ("n_group", "topk_group"),
+}
+
 
 def is_huggingface(folder: AnyPath) -> bool:
     """Return whether a folder looks like a model folder of transformers."""
@@ -138,12 +145,13 @@ def read_model(s: HFConfig, family: Family) -> dict[str, Any]:
 
 
 def _list_keys(s: HFConfig, message: str) -> str:
-    """Return a phrase with the keys of config.json whose values an error about native fields mentions."""
+    """Return a phrase with the keys of config.json that determine the native fields, or have the values, in an error."""
     values = set(re.findall(r"=([\w.]+)", message))
+    named = {key for field, own in KEYS_OF_FIELDS.items() if field in message for key in own}
     keys = [
         f"{key} = {json.dumps(s[key])}"
         for key in sorted(s.was_read)
-        if key in s and {str(s[key]), json.dumps(s[key])} & values
+        if key in s and (key in named or {str(s[key]), json.dumps(s[key])} & values)
     ]
     return f" ({CONFIG} has {', '.join(keys)})" if keys else ""
 

@@ -89,6 +89,18 @@ def test_rope_parameters_of_gpt_neox_have_their_own_keys():
             r'the activation "mish" of dense_act_fn or feed_forward_proj is not supported',
         ),
         ("llama", dict(head_dim=5), "head_dim, hidden_size, num_attention_heads give 5 rotated dimensions"),
+        ("gemma2", dict(head_dim=1), "head_dim give 1 rotated dimensions"),
+        (
+            "gpt_bigcode",
+            dict(num_key_value_heads=4),
+            "num_key_value_heads = 4 contradicts multi_query = true and n_head = 12",
+        ),
+        # transformers would mask everything, with a window of 0 tokens
+        (
+            "qwen2_moe",
+            dict(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"]),
+            "layer_types has sliding_attention, but sliding_window is not in use",
+        ),
         ("gpt_neo", dict(attention_types=[5]), "config.json: not a valid configuration of gpt_neo: TypeError"),
     ],
 )
@@ -96,6 +108,13 @@ def test_what_is_not_read_or_has_a_wrong_type_is_refused_by_name(kind, changes, 
     read_model(make(kind), FAMILIES[kind])
     with pytest.raises(CheckpointError, match=message):
         read_model(make(kind, **changes), FAMILIES[kind])
+
+
+def test_gemma3_ties_if_either_configuration_says_so():
+    """`scripts/stress/differential.py` compares both with transformers."""
+    for whole, part, expected in ((True, False, True), (False, True, True), (False, False, False)):
+        config = make("gemma3", tie_word_embeddings=whole, text_config={"tie_word_embeddings": part})
+        assert read_model(config, FAMILIES["gemma3"])["tied_embeddings"] == expected
 
 
 def test_keys_without_effect_are_accepted():
