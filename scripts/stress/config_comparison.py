@@ -27,7 +27,7 @@ EQUIVALENT = {
     "mixtral": {"head_dim"},  # null means hidden_size / num_attention_heads, which is written
     "mpt": {"learned_pos_emb", "embedding_fraction", "norm_type"},  # transformers ignores them
     "switch_transformers": {"num_sparse_encoder_layers", "num_sparse_decoder_layers"},  # the steps have precedence
-    "falcon": {"multi_query", "num_kv_heads"},  # of which new_decoder_architecture makes the other one have no effect
+    "falcon": {"multi_query", "num_kv_heads", "num_ln_in_parallel_attn"},  # without effect in some of its three forms
     **{kind: {"max_window_layers"} for kind in ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")},  # layer_types is given
 }
 
