@@ -10,7 +10,8 @@ mesh axes:
     activations  batch -> data, fsdp and expert    sequence -> context
                  activation_seq -> context (and tensor, with mesh.sequence_parallel)
 
-XLA's partitioner inserts the communication. The table is strict: a logical axis without a rule, a mesh axis used twice for
+XLA's partitioner inserts the communication, except inside `shard_map` (embedding, loss, experts, attention kernels), where
+it is explicit. The table is strict: a logical axis without a rule, a mesh axis used twice for
 one array, or a size that is not divisible is an error that names the array.
 """
 

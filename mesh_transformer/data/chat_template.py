@@ -92,6 +92,8 @@ class ChatTemplate:
         try:
             options = {_STEPS_NAME: iter(range(_MAX_STEPS)), "add_generation_prompt": True}
             return compiled.render(messages=chat, tools=None, documents=None, **options, **self._special)
+        except ChatError:
+            raise
         except jinja2.TemplateError as error:
             raise ChatError(
                 f"the chat template rejects these messages: {_shorten(error)}; check roles and order"
@@ -208,7 +210,10 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 def _count_step(context: jinja2.runtime.Context) -> None:
     if next(context[_STEPS_NAME], None) is None:
-        raise jinja2.TemplateError(f"more than {_MAX_STEPS:,} loop iterations and calls")
+        raise ChatError(
+            f"the chat template needs more than {_MAX_STEPS:,} loop iterations and calls, the limit, for these messages; send "
+            "fewer or shorter messages, or correct the template and convert the model again"
+        )
 
 
 @jinja2.pass_context

@@ -3,9 +3,9 @@
 """Formulas that several computations share, each stated once.
 
 The forward pass, decoding, the chunked loss, ring attention, the log-likelihood scorer and the checks of converted
-checkpoints all use these functions. They are elementwise or combine functions, accept JAX and NumPy arrays, and are
-differentiated by JAX even where other gradients are written by hand. A new architectural choice of this kind changes only
-this module.
+checkpoints all use these functions. Functions of arrays accept JAX and NumPy arrays, and are differentiated by JAX even
+where other gradients are written by hand. A new architectural choice of this kind needs a field or a value in
+config/model.py and a change in this module.
 """
 
 from collections.abc import Callable

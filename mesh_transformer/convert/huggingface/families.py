@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Table of the supported Hugging Face model families.
 
-An entry of FAMILIES has the family's class in transformers, its tensor names, its functions for config.json and its NumPy
-reference implementation. A new family can define these in a new module and needs one entry here.
+An entry of FAMILIES has the family's class in transformers, its tensor names, its functions for config.json and, for some
+families, a NumPy reference implementation. A new family can define these in a new module and needs one entry here.
 """
 
 import json
@@ -314,7 +314,7 @@ ENCODER_DECODER = ("t5", "mt5", "umt5", "switch_transformers")
 
 
 def has_reference(config: Mapping[str, Any]) -> bool:
-    """Return whether `run_huggingface` computes the function of a config.json."""
+    """Return whether `run_huggingface` supports the model that a config.json describes."""
     family = FAMILIES.get(config["model_type"])
     rope = HFConfig(config, config["model_type"]).merged().get("rope_parameters") or {}
     return (
