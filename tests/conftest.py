@@ -73,6 +73,7 @@ def library_in_this_process():
 
 
 SLOWEST_FILES = (
+    "test_docs_commands",
     "test_resume",
     "test_processes",
     "test_journey",
@@ -82,6 +83,9 @@ SLOWEST_FILES = (
     "test_server",
     "test_chat_server",
     "test_notebooks",
+    "test_real_model",
+    "test_model_defaults",
+    "test_ray",
 )
 
 
